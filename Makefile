@@ -1,0 +1,26 @@
+# Everything starts here: each target builds .venv first and needs only Python 3.11, make and gcc.
+
+PYTHON ?= python3.11
+BIN = .venv/bin
+
+.PHONY: demo test lint format
+
+demo: .venv
+	$(BIN)/clat demo --overwrite
+
+test: .venv lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+lint: .venv
+	$(BIN)/ruff check src tests tools
+	$(BIN)/ruff format --check src tests tools
+	$(BIN)/mypy
+
+format: .venv
+	$(BIN)/ruff check --fix src tests tools
+	$(BIN)/ruff format src tests tools
+
+.venv: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch .venv

@@ -1,0 +1,7 @@
+"""``python -m clat``, for ``accelerate launch -m clat train ...`` on several devices."""
+
+import sys
+
+from clat.cli import main
+
+sys.exit(main())

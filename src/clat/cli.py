@@ -1,0 +1,337 @@
+"""The command line: one typed function a command; its signature is its flags, its docstring their help."""
+
+import json as json_module
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentError
+from rich.console import Console
+from torch import nn
+
+from clat import demo as demonstration
+from clat.arguments import Command, named, parse
+from clat.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, write_text
+from clat.criticality import Norm, attack_output, criticality
+from clat.data import EMBEDDED, Dataset, load_data, to_unit
+from clat.errors import InputError
+from clat.evaluate import best_device, check_fits, pgd
+from clat.evaluate import evaluate as evaluate_model
+from clat.health import HealthError
+from clat.integrity import IntegrityError, status_since
+from clat.layers import At
+from clat.models import build_model
+from clat.models.importing import import_weights
+from clat.recipe import Recipe
+from clat.runs import Run
+from clat.tables import attack_name, layer_table, ranking, status_table
+from clat.threat import Threat, fraction
+from clat.train import train as train_model
+
+first_process = os.environ.get("RANK", "0") == "0"  # of those that accelerate launch or torchrun started
+console = Console(quiet=not first_process, width=None if sys.stdout.isatty() else 120)
+
+
+def demo(out: str = "clat-demo", resume: bool = False, overwrite: bool = False) -> None:
+    """The whole way on embedded data: pre-train, find critical layers, fine-tune with CLAT, compare with PGD-AT.
+
+    Args:
+        out: folder for the run folders and the table
+        resume: continue an interrupted demo there
+        overwrite: replace the runs of an earlier demo there
+    """
+    demonstration.run(Path(out), resume=resume, overwrite=overwrite, console=console)
+
+
+def layers(
+    network: str,
+    data: str = EMBEDDED,
+    split: str = "train",
+    batch: int = 100,
+    eps: float | str = 0.03,
+    steps: int = 10,
+    norm: Norm = "paper",
+    at: At = "output",
+    seed: int = 0,
+    json: str | None = None,
+) -> None:
+    """Ranks the layers of a network by criticality (Eq. 5 and 6), most critical first.
+
+    Args:
+        network: a checkpoint, a run folder (its best checkpoint), or a model name, which starts at random weights
+        data: images to attack: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        split: split of the data
+        batch: number of images, drawn at random
+        eps: radius of the l-infinity ball in pixels of [0, 1], e.g. 8/255
+        steps: PGD steps
+        norm: divide feature distances by N (paper, Eq. 5) or by sqrt N (rms)
+        at: compare features at the layer's output or after its normalisation and activation
+        seed: draws the images and the attack's start
+        json: write the table to this file, or to standard output if it is -
+    """
+    dataset = _data(data, split)
+    model = _network(network, dataset)
+    device = best_device()
+    model.to(device)
+    check_fits(model, dataset, device)
+    if batch < 1:
+        raise InputError(f"batch is {batch}; the criticality needs at least one image.")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:batch]
+    pixels, y = next(dataset.subset(order.sort().values).to(device).batches(batch, workers=0))
+    torch.manual_seed(seed)
+    threat = replace(pgd(eps, steps), step=_paper_step(eps))
+    x = to_unit(pixels)
+    scores = criticality(model, x, attack_output(model, x, y, threat), norm=norm, at=at)
+    rows = ranking(scores)
+    if json is not None:
+        facts = {"network": network, "data": data, "images": len(x), "threat": asdict(threat), "norm": norm, "at": at}
+        _write_json(json, {**facts, "layers": rows})
+    if json != "-":
+        size = sum(parameter.numel() for parameter in model.parameters())
+        attack = attack_name(f"PGD-{steps}", threat)
+        console.print(layer_table(rows, size, f"Layers of {network}, most critical first ({len(x)} images, {attack})"))
+
+
+def train(
+    recipe: Recipe,
+    *,
+    model: str,
+    data: str,
+    out: str,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Trains a network from random weights by a recipe.
+
+    Args:
+        model: a network such as rn18, timm/NAME or package.module:factory; options after commas, e.g. rn18,width=16
+        data: training images: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        out: the run folder
+        resume: continue the run in that folder after its last finished epoch
+        overwrite: replace the run in that folder
+    """
+    dataset = _data(data, "train")
+    torch.manual_seed(recipe.seed)
+    network = _network(model, dataset)
+    _run(recipe, network, dataset, out, resume, overwrite, model)
+
+
+def finetune(
+    recipe: Recipe,
+    *,
+    origin: str,
+    data: str,
+    out: str,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Fine-tunes a network from a checkpoint or run by a recipe.
+
+    Args:
+        origin: a checkpoint, or a run folder (its best checkpoint)
+        data: training images, the same as before; options after commas, e.g. photos,size=64
+        out: the run folder
+        resume: continue the run in that folder after its last finished epoch
+        overwrite: replace the run in that folder
+    """
+    network, facts = load_checkpoint(origin)
+    dataset = _data(data, "train")
+    held = facts.get("holdout", {})
+    if facts.get("data", {}).get("source") == data and held != {"images": recipe.holdout, "seed": recipe.holdout_seed}:
+        console.print(
+            f"Warning: {origin} was trained with holdout {held.get('images')} and holdout_seed {held.get('seed')}; "
+            "with others, it has seen the validation images."
+        )
+    _run(recipe, network, dataset, out, resume, overwrite, str(checkpoint_path(origin)))
+
+
+def evaluate(
+    network: str,
+    *,
+    data: str,
+    split: str = "test",
+    eps: float | str = "8/255",
+    steps: int = 20,
+    attack_norm: Literal["linf", "l2"] = "linf",
+    limit: int | None = None,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    json: str | None = None,
+) -> None:
+    """Measures clean accuracy and robust accuracy under PGD, with counts and 95 % Wilson intervals.
+
+    Args:
+        network: a checkpoint, or a run folder (its best checkpoint)
+        data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
+        split: split of the data
+        eps: radius of the ball in pixels of [0, 1], e.g. 8/255
+        steps: PGD steps, each eps / 4 long, from a random start
+        attack_norm: norm of the ball
+        limit: evaluate this many images, drawn at random by the seed
+        seed: draws the images and the attack's start
+        precision: fp32, or bf16 autocast
+        json: write the result to this file, or to standard output if it is -
+    """
+    model, _ = load_checkpoint(network)
+    dataset = _data(data, split)
+    threat = pgd(eps, steps, attack_norm)
+    result = evaluate_model(model, dataset, threat, limit=limit, seed=seed, device=best_device(), precision=precision)
+    if json is not None:
+        _write_json(json, {"network": str(checkpoint_path(network)), **result.to_json()})
+    if json != "-":
+        console.print(f"{network} on {len(dataset) if limit is None else limit} images of {data} ({split})")
+        console.print(f"  clean   {result.clean}", highlight=False)
+        console.print(f"  robust  {result.robust}  {attack_name(result.attack, threat)}, {precision}", highlight=False)
+        console.print("  95 % Wilson intervals; PGD alone can overstate robustness.", style="dim")
+
+
+def status(run: str, json: str | None = None) -> None:
+    """Lists the layers of a run as trained, frozen or irregular, by comparing the weights with those at its start.
+
+    Args:
+        run: a run folder
+        json: write the list to this file, or to standard output if it is -
+    """
+    folder = Run(Path(run))
+    start, selections = folder.start, folder.selections
+    model, _ = load_checkpoint(folder.last)
+    found = status_since(model, start, selections)
+    if json is not None:
+        _write_json(json, [asdict(layer) for layer in found])
+    if json != "-":
+        console.print(status_table(found, folder))
+    if any(layer.state == "irregular" for layer in found):
+        raise IntegrityError(f"{run} has irregular layers.")
+
+
+def import_(
+    file: str,
+    *,
+    model: str,
+    out: str,
+    classes: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Reads a public PyTorch checkpoint, without executing anything in it, and writes one of clat's.
+
+    Args:
+        file: a file written by torch.save, or a safetensors file
+        model: the network in it, such as rn18, with options after commas, e.g. preactrn18,shortcut_input=raw
+        out: the checkpoint to write
+        classes: number of classes, to be sure; default what the file has
+        mean: the pixels' mean per channel, e.g. 0.4914,0.4822,0.4465; default the file's own, or none
+        std: the pixels' standard deviation per channel; default the file's own, or none
+        overwrite: replace the file at out
+    """
+    if Path(out).exists() and not overwrite:
+        raise InputError(f"{out} is there already; choose another place or add --overwrite.")
+    name, options = _model(model)
+    imported = import_weights(file, name, classes=classes, mean=_numbers(mean), std=_numbers(std), **options)
+    save_checkpoint(out, imported.model, imported={"file": file, "scheme": imported.scheme.name})
+    parameters = sum(p.numel() for p in imported.model.parameters())
+    chosen = "".join(f", {key} {value}" for key, value in imported.options.items())
+    normalisation = {
+        "file": "Normalisation as in the file",
+        "given": "Normalisation as given",
+        "none": "No normalisation in the file: if it was trained with one, give --mean and --std",
+    }[imported.normalisation]
+    console.print(f"Names as in {imported.scheme.name}{''.join(f', under {key}' for key in imported.wrapper)}.")
+    console.print(f"{name}{chosen}: {imported.model.spec['classes']} classes, {parameters:,} parameters.")
+    console.print(f"{normalisation}. {imported.scheme.note}".strip())
+    console.print(f"Written to {out}.")
+
+
+# What the commands share
+
+
+def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, resume: bool, overwrite: bool, origin: str) -> None:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"{recipe.objective} x {recipe.tuner} on {data.source}, {size:,} parameters, from {origin}")
+    run = train_model(recipe, model, data, out=out, resume=resume, overwrite=overwrite, origin=origin, console=console)
+    best = run.result["best"]
+    console.print(
+        f"Best epoch {best['epoch']}: validation clean {100 * best['clean']:.1f} %, robust "
+        f"{100 * best['robust']:.1f} %. Run folder: {out}",
+        highlight=False,
+    )
+
+
+def _network(name: str, data: Dataset) -> nn.Module:
+    """The network in a checkpoint or run folder, or a new one by name that fits the data."""
+    if Path(name).exists():
+        return load_checkpoint(name)[0]
+    kind, options = _model(name)
+    mean, std = data.statistics()
+    return build_model(kind, len(data.classes), channels=data.shape[0], mean=mean, std=std, **options)
+
+
+def _data(text: str, split: str) -> Dataset:
+    source, options = named(text)
+    try:
+        return load_data(source, split, **options)
+    except TypeError as error:
+        raise InputError(f"Data options are size, image and label; got {text!r}.") from error
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    return None if text is None else [fraction(number) for number in text.split(",")]
+
+
+def _model(text: str) -> tuple[str, dict[str, Any]]:
+    """A network's name and options, which leave what the data or the checkpoint decides to these."""
+    name, options = named(text)
+    for key in ("name", "path", "classes", "channels", "mean", "std"):
+        if key in options:
+            raise InputError(f"{key} is no option of a network; leave it out of {text!r}.")
+    return name, options
+
+
+def _paper_step(eps: float | str) -> float:
+    """The paper's step, 7/30 of its eps, for any eps."""
+    return Threat(eps=eps).radius * 7 / 30
+
+
+def _write_json(path: str, content: Any) -> None:
+    text = json_module.dumps(content, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(path), text)
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": demo,
+    "layers": layers,
+    "train": train,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "status": status,
+    "import": import_,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 1 (the run or the network is at fault), 2 (the input is) or 130 (interrupted)."""
+    try:
+        command, values = parse(sys.argv[1:] if arguments is None else arguments, COMMANDS)
+        COMMANDS[command](**values)
+    except InputError as error:
+        return _fail(error, 2)
+    except ArgumentError as error:
+        return _fail(f"{str(error).rstrip('.')}; see clat COMMAND --help.", 2)
+    except (HealthError, IntegrityError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("Interrupted; a training run continues with --resume.", 130)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"clat: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,116 @@
+"""How much each layer contributes to the network's weakness under attack: Eq. 5 and 6."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clat.errors import InputError
+from clat.layers import At, Call, lengths, logits, observe, trace
+from clat.threat import Images, Labels, Threat, ascend, check_images, held
+
+Norm = Literal["paper", "rms"]
+
+SMALLEST_RATIO = 1e-6  # denominators of Eq. 6 below this share of the largest weakness count as this share
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """One layer of the ranking; a layer that runs twice has two, with the same name.
+
+    name: dotted name in the model; index: the paper's 1-based number, None for projection shortcuts;
+    weakness: W of Eq. 5; criticality: C of Eq. 6; parameters: weights and biases of the layer.
+    """
+
+    name: str
+    index: int | None
+    weakness: float
+    criticality: float
+    parameters: int
+
+
+def criticality(
+    model: nn.Module, x: Images, x_adv: Images, *, norm: Norm = "paper", at: At = "output"
+) -> list[LayerScore]:
+    """Weakness (Eq. 5) and criticality (Eq. 6) of every layer, in execution order, from one forward pass.
+
+    Clean and attacked images run as one batch in eval mode and are compared inside the pass, so that memory does not
+    grow with the number of layers. ``C_1 = W_1``; later ``C_i = W_i / W_{i-1}``, with i-1 the counted layer before.
+
+    Args:
+        x: images (batch, channel, height, width)
+        x_adv: the same images under attack, e.g. from ``attack_output``
+        norm: divide each feature distance by N ("paper", Eq. 5) or by sqrt(N) ("rms")
+        at: compare features at the layer's output or after its normalisation and activation
+    Raises:
+        InputError: images of another shape or outside [0, 1]; features that are not finite
+    """
+    check_images(x)
+    if x.shape != x_adv.shape:
+        raise InputError(f"The clean images have shape {tuple(x.shape)}, the attacked ones {tuple(x_adv.shape)}.")
+    calls = trace(model, x[:1])
+    modules = {call.name: call.module for call in calls}
+    weakness: dict[int, Tensor] = {}
+
+    def compare(number: int, feature: Tensor) -> None:
+        clean, attacked = feature.float().chunk(2)
+        size = clean[0].numel()
+        weakness[number] = lengths(attacked - clean).mean() / (size if norm == "paper" else math.sqrt(size))
+
+    with held(model), torch.no_grad():
+        observe(model, torch.cat([x, x_adv]), modules, compare, at=at)
+    if len(weakness) != len(calls):
+        raise InputError("The network ran other layers on the whole batch than on one image; it must not depend on it.")
+    return _scores(calls, torch.stack([weakness[number] for number in range(len(calls))]).tolist())
+
+
+def _scores(calls: list[Call], weakness: list[float]) -> list[LayerScore]:
+    for call, value in zip(calls, weakness, strict=True):
+        if not math.isfinite(value):
+            raise InputError(f"Layer {call.name} gave features that are not finite; check the weights and the images.")
+    smallest = max(SMALLEST_RATIO * max(weakness), torch.finfo(torch.float32).tiny)
+    scores, before = [], None
+    for call, value in zip(calls, weakness, strict=True):
+        ratio = value if before is None else value / max(before, smallest)
+        scores.append(LayerScore(call.name, call.index, value, ratio, call.parameters))
+        if call.index is not None:
+            before = value
+    return scores
+
+
+def attack_output(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+    """The untargeted PGD attack on the network's output that Section 3.1 uses in place of one attack a layer."""
+    return ascend(lambda z: F.cross_entropy(logits(model(z)), y, reduction="none"), x, threat, model=model)
+
+
+def ranked(scores: list[LayerScore], *, head: bool = False) -> list[LayerScore]:
+    """The layers that can be selected, most critical first.
+
+    Projection shortcuts are left out, and so is the classification head (the last layer to run) unless ``head`` is
+    set: with the 1/N of Eq. 5 its few outputs put it first in every network, yet no table of the paper lists it.
+    """
+    counted = [score for score in scores if score.index is not None]
+    last = counted[-1].name if len(counted) > 1 and not head else None
+    return sorted((score for score in counted if score.name != last), key=lambda score: -score.criticality)
+
+
+def top(scores: list[LayerScore], k: int | float, *, head: bool = False) -> list[str]:
+    """The names of the k most critical layers, most critical first (Algorithm 1, line 9).
+
+    Args:
+        k: how many layers (an int), or which share of them (a float below 1, rounded, at least one layer)
+        head: let the classification head be selected too
+    """
+    names = list(dict.fromkeys(score.name for score in ranked(scores, head=head)))
+    return names[: layer_count(k, len(names))]
+
+
+def layer_count(k: int | float, layers: int) -> int:
+    """k as a number of layers. Raises InputError if it is not between 1 and the number of layers, or a share."""
+    count = max(1, round(k * layers)) if isinstance(k, float) and 0 < k < 1 else k
+    if count != int(count) or not 1 <= count <= layers:
+        raise InputError(f"k is {k}; give a number of layers from 1 to {layers}, or a share between 0 and 1.")
+    return int(count)

@@ -1,0 +1,5 @@
+"""The one exception that means: the input is at fault, and here is what to do about it."""
+
+
+class InputError(ValueError):
+    """Says in one sentence what is wrong with an input and what to do; the command line prints it and exits with 2."""

@@ -1,0 +1,310 @@
+"""Reading public PyTorch checkpoints into our networks: naming schemes as literal tables, never an executed pickle."""
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clat.errors import InputError
+from clat.models import Normalized, build_model
+
+Tensors = dict[str, Tensor]
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]  # a pattern, and what replaces it in a name
+
+WRAPPERS = ("state_dict", "model_state_dict", "net", "model", "best", "last")  # the first one present is opened
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "1.")  # dropped where every weight has them
+NORMALISATION = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # buffers, whatever stands before the name
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one code base names a network.
+
+    name: what we call the scheme; models: our names of the networks that it names so; renames: from its parameter
+    names to ours, applied in order, an empty name is dropped; options: of the network, what the scheme implies;
+    rearranged: changes tensors that the same network stores differently; note: what the names cannot tell.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    renames: tuple[Rename, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rearranged: Callable[[Tensors], Tensors] | None = None
+    note: str = ""
+
+
+def _newest_last(tensors: Tensors) -> Tensors:
+    """A DenseNet's input channels in our order (the block's input, then its layers' outputs, oldest first), where
+    kuangliu's has the newest first and the block's input last."""
+    growth = len(tensors["features.denseblock1.denselayer1.conv2.weight"])
+    first_norms = (re.match(r"features\.denseblock(\d)\.denselayer\d+\.norm1\.weight", name) for name in tensors)
+    layers = Counter(match[1] for match in first_norms if match)  # of each block
+
+    def ordered(name: str, tensor: Tensor) -> Tensor:
+        match = re.match(
+            r"features\.(?:denseblock(\d)\.denselayer(\d+)\.(?:norm1|conv1)|transition(\d)|norm5)\.|classifier\.weight",
+            name,
+        )
+        if match is None or not tensor.dim():
+            return tensor
+        block, layer, transition = match.groups()
+        older = int(layer) - 1 if block else layers[transition or "4"]
+        axis = min(1, tensor.dim() - 1)
+        new = torch.arange(older * growth).view(older, growth).flip(0).flatten()
+        return tensor.index_select(axis, torch.cat([torch.arange(len(new), tensor.shape[axis]), new]))
+
+    return {name: ordered(name, tensor) for name, tensor in tensors.items()}
+
+
+_RESNETS = ("rn18", "rn50")
+_WIDE = ("wrn34-10", "wrn70-16")
+_SHORTCUT = "If it is from Fast-AT or GradAlign, add shortcut_input=raw; the names are the same."
+_DEEPMIND: tuple[Rename, ...] = (
+    (r"^init_conv\.", "conv1."),
+    (r"^layer\.(\d)\.block\.", lambda match: f"block{int(match[1]) + 1}.layer."),
+    (r"\.conv_0\.", ".conv1."),
+    (r"\.conv_1\.", ".conv2."),
+    (r"\.batchnorm_0\.", ".bn1."),
+    (r"\.batchnorm_1\.", ".bn2."),
+    (r"\.shortcut\.", ".convShortcut."),
+    (r"^batchnorm\.", "bn1."),
+    (r"^logits\.", "fc."),
+)
+
+# weiaicunzai's DenseNet is another network (no ReLU before a transition's convolution), and so are its and DeepMind's
+# pre-activation ResNets; they are refused.
+SCHEMES = (
+    Scheme("kuangliu (also TRADES, MART, RobustBench)", _RESNETS),
+    Scheme("torchvision", _RESNETS, ((r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear."))),
+    Scheme(
+        "weiaicunzai",
+        _RESNETS,
+        (
+            (r"^conv1\.0\.", "conv1."),
+            (r"^conv1\.1\.", "bn1."),
+            (r"^conv(\d)_x\.", lambda match: f"layer{int(match[1]) - 1}."),
+            (r"\.residual_function\.0\.", ".conv1."),
+            (r"\.residual_function\.1\.", ".bn1."),
+            (r"\.residual_function\.3\.", ".conv2."),
+            (r"\.residual_function\.4\.", ".bn2."),
+            (r"\.residual_function\.6\.", ".conv3."),
+            (r"\.residual_function\.7\.", ".bn3."),
+            (r"^fc\.", "linear."),
+        ),
+    ),
+    Scheme("Rice (also AWP, SCORE)", ("preactrn18",), note=_SHORTCUT),
+    Scheme("kuangliu (also Fast-AT, GradAlign)", ("preactrn18",), options={"final_norm": False}, note=_SHORTCUT),
+    Scheme("torchvision and weiaicunzai", ("vgg19",)),
+    Scheme("torchvision", ("dn121",)),
+    Scheme(
+        "kuangliu",
+        ("dn121",),
+        (
+            (r"^conv1\.", "features.conv0."),
+            (r"^dense(\d)\.(\d+)\.", lambda match: f"features.denseblock{match[1]}.denselayer{int(match[2]) + 1}."),
+            (r"\.bn(\d)\.", r".norm\1."),
+            (r"^trans(\d)\.bn\.", r"features.transition\1.norm."),
+            (r"^trans(\d)\.conv\.", r"features.transition\1.conv."),
+            (r"^bn\.", "features.norm5."),
+            (r"^linear\.", "classifier."),
+        ),
+        rearranged=_newest_last,
+    ),
+    Scheme("TRADES and RobustBench", _WIDE, ((r"^sub_block1\..*", ""),)),  # never run, by an oversight of TRADES
+    Scheme(
+        "DeepMind (also SCORE, DM-Improves-AT)",
+        _WIDE,
+        _DEEPMIND,
+        {"padding": "asymmetric", "activation": "silu"},
+        note="If it was trained with ReLU, add activation=relu; the names are the same.",
+    ),
+    Scheme("DeepMind (as Peng et al.)", ("rawrn70-16",), _DEEPMIND),
+)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A network read from a public checkpoint.
+
+    model: with the file's weights, in eval mode; scheme: how the file names it; wrapper: the keys that lead to the
+    weights; options: of the network; normalisation: whence its mean and std.
+    """
+
+    model: Normalized
+    scheme: Scheme
+    wrapper: tuple[str, ...]
+    options: dict[str, Any]
+    normalisation: Literal["file", "given", "none"]
+
+
+def import_weights(
+    path: Path | str,
+    name: str,
+    *,
+    classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **options: Any,
+) -> Imported:
+    """Reads a public checkpoint into one of our networks.
+
+    Args:
+        path: a file written by torch.save (only tensors and plain values in it) or a safetensors file
+        name: the network, one of those in ``SCHEMES``
+        classes: number of classes; default: that of the file's last layer, which it must match
+        mean, std: per-channel statistics of pixels in [0, 1]; default: the file's own, or none if it has none
+        options: of the network, e.g. ``shortcut_input="raw"``; they outweigh what the scheme implies
+    Raises:
+        InputError: no such file, a file that is no checkpoint or holds Python objects, a network or names that are
+            not known, tensors that are missing or of another shape
+    """
+    schemes = [scheme for scheme in SCHEMES if name in scheme.models]
+    if not schemes:
+        known = dict.fromkeys(model for scheme in SCHEMES for model in scheme.models)
+        raise InputError(f"No naming scheme of {name!r} is known; checkpoints of {', '.join(known)} can be imported.")
+    if (mean is None) != (std is None):
+        raise InputError("Give both mean and std, or neither.")
+    content, wrapper = _unwrapped(_read(Path(path)))
+    tensors, statistics = _split(content, path)
+    source: Literal["file", "given", "none"] = "file" if statistics else "none"
+    if mean is not None and std is not None:
+        statistics, source = {"mean": list(mean), "std": list(std)}, "given"
+
+    scheme, network, names = _recognised(schemes, name, options, tensors, path)
+    options = {**scheme.options, **options}
+    found = {ours: tensors[theirs] for theirs, ours in names.items()}
+    head = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    stem = next(key for key, module in network.named_modules() if isinstance(module, nn.Conv2d))
+    scores, channels = _size(found[f"{head}.weight"], 0), _size(found[f"{stem}.weight"], 1)
+    if classes is not None and classes != scores:
+        raise InputError(f"{path} has {scores} classes, not {classes}; leave classes out to take them from the file.")
+    for key, values in statistics.items():
+        if len(values) != channels or (key == "std" and not min(values) > 0):
+            raise InputError(f"{key} is {values}; give one number a channel ({channels}), std above 0.")
+
+    model = build_model(
+        name, scores, channels=channels, mean=statistics.get("mean"), std=statistics.get("std"), **options
+    )
+    expected = model.network.state_dict()
+    for theirs, ours in names.items():
+        if tensors[theirs].shape != expected[ours].shape:
+            raise InputError(
+                f"{theirs} has shape {tuple(tensors[theirs].shape)} in {path}, but {tuple(expected[ours].shape)} in "
+                f"{name}; choose the network, or the options, that the file was made with."
+            )
+    try:
+        model.network.load_state_dict(scheme.rearranged(found) if scheme.rearranged else found, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{path} holds sparse or quantised tensors; save dense ones of floating point.") from error
+    return Imported(model.eval(), scheme, wrapper, options, source)
+
+
+def _read(path: Path) -> Any:
+    """What the file holds; nothing in it is executed."""
+    if not path.is_file():
+        raise InputError(f"There is no file at {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise InputError(f"{path} is not a PyTorch checkpoint or is damaged.") from error
+        raise InputError(
+            f"{path} holds a Python object ({refused[1]}), which could run code when read and is refused; where you "
+            "trust the file, load it yourself and save its state_dict() alone."
+        ) from error
+    except PermissionError as error:
+        raise InputError(f"{path} may not be read; change its permissions.") from error
+    except Exception as error:  # the unpickler fails in any way on bytes that are no checkpoint
+        raise InputError(f"{path} is not a PyTorch checkpoint or is damaged; was it cut off?") from error
+
+
+def _unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
+    """The innermost dict of weights, and the keys that lead to it."""
+    opened: tuple[str, ...] = ()
+    while isinstance(content, Mapping):
+        key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            break
+        content, opened = content[key], (*opened, key)
+    return content, opened
+
+
+def _split(content: Any, path: Path | str) -> tuple[Tensors, dict[str, list[float]]]:
+    """The weights by name without prefixes, and the normalisation's mean and std if there are any."""
+    tensors = {}
+    if isinstance(content, Mapping):
+        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise InputError(f"{path} holds no named tensors, so it is no checkpoint of a network's weights.")
+    statistics = {}
+    for key in list(tensors):
+        kind = NORMALISATION.get(key.rpartition(".")[2])
+        if kind is not None:
+            statistics[kind] = tensors.pop(key).flatten().tolist()
+    if len(statistics) == 1:
+        raise InputError(f"{path} holds the {next(iter(statistics))} of a normalisation alone; give mean and std.")
+    while tensors and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None)):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors, statistics
+
+
+def _recognised(
+    schemes: list[Scheme], name: str, options: dict[str, Any], tensors: Tensors, path: Path | str
+) -> tuple[Scheme, nn.Module, dict[str, str]]:
+    """The scheme whose names fit best, its network (on the meta device) and our name of each tensor by the file's."""
+    tried = []
+    for scheme in schemes:
+        with torch.device("meta"):
+            network = build_model(name, 2, **{**scheme.options, **options}).network
+        wanted = set(network.state_dict())
+        names = {theirs: ours for theirs in tensors if (ours := _renamed(theirs, scheme.renames))}
+        strange = [theirs for theirs, ours in names.items() if ours not in wanted]
+        # Files from before PyTorch 0.4.1 do not count batches.
+        missing = [ours for ours in wanted - set(names.values()) if not ours.endswith("num_batches_tracked")]
+        tried.append((len(strange) + len(missing), scheme, network, names, strange, sorted(missing)))
+    _, scheme, network, names, strange, missing = min(tried, key=lambda entry: entry[0])
+    if 2 * len(strange) > len(names):
+        known = "; ".join(scheme.name for scheme in schemes)
+        raise InputError(
+            f"The names in {path} fit no scheme known for {name} ({known}); its first are {_some(tensors)}."
+        )
+    if strange:
+        raise InputError(
+            f"{path} names tensors as {scheme.name} does, but {name} has no place for {_some(strange)}; is it another "
+            "network?"
+        )
+    if missing:
+        raise InputError(
+            f"{path} names tensors as {scheme.name} does, but has nothing for {_some(missing)} of {name}; is it "
+            "another network, or incomplete?"
+        )
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{path} names some tensors of {name} twice; its first names are {_some(tensors)}.")
+    return scheme, network, names
+
+
+def _renamed(name: str, renames: Sequence[Rename]) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _size(tensor: Tensor, axis: int) -> int:
+    """The length of an axis; 1 where there is none, so that the shapes are compared and told."""
+    return max(1, tensor.shape[axis]) if tensor.dim() > axis else 1
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names, for an error message."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

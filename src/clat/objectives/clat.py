@@ -1,0 +1,120 @@
+"""The criticality-targeted objective: Eq. 7-9."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clat.criticality import attack_output
+from clat.errors import InputError
+from clat.layers import At, lengths, observe, trained_layers
+from clat.threat import Images, Labels, Threat, ascend, held
+
+Distance = Literal["l2", "mean", "relative"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clat:
+    """Cross-entropy + weight x L_C on the layers that train, which are read from ``requires_grad``.
+
+    L_C is the sum over these layers of E_x ||F_i(x + delta) - F_i(x)||, with one delta for all of them (Eq. 8). The
+    defaults are those that measured best (docs/method.md); the letter of Eq. 8 and 9 is ``cross_entropy="clean",
+    attack="feature"``.
+
+    Args:
+        weight: lambda of Eq. 9, for which the paper gives no value
+        cross_entropy: images of the cross-entropy term: adversarial, clean (Eq. 9), or the mean of both
+        attack: what delta maximises: label, the cross-entropy of the output, or feature, L_C itself (Eq. 8)
+        distance: l2 (Eq. 7), mean (l2 / N, as in Eq. 5) or relative (l2 / the length of the clean feature)
+        at: features at the layer's output or after its normalisation and activation
+    """
+
+    weight: float = 0.01
+    cross_entropy: Literal["clean", "adversarial", "both"] = "adversarial"
+    attack: Literal["feature", "label"] = "label"
+    distance: Distance = "l2"
+    at: At = "output"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < float("inf"):
+            raise InputError(f"clat.weight is {self.weight}; lambda of Eq. 9 must be 0 or more.")
+
+    def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+        """The inner maximisation of Eq. 8: the network runs only as far as its deepest selected layer."""
+        if self.attack == "label":
+            return attack_output(model, x, y, threat)
+        if threat.start == "zero":
+            raise InputError(
+                "threat.start is zero, where the feature distance has no gradient; set it to uniform, or clat.attack "
+                "to label."
+            )
+        selected = self._selected(model)
+        with held(model, threat.mode), torch.no_grad():
+            _, clean = self._record(model, x, selected)
+
+        def feature_distance(z: Images) -> Tensor:
+            return self._compare(model, z, selected, clean)[1]
+
+        return ascend(feature_distance, x, threat, model=model)
+
+    def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
+        """Eq. 9. The images of the cross-entropy run through the whole network, the others only as far as needed."""
+        selected = self._selected(model)
+        adversarial = self.cross_entropy == "adversarial"
+        first, second = (x_adv, x) if adversarial else (x, x_adv)
+        scores, features = self._record(model, first, selected)
+        cross_entropy = F.cross_entropy(scores, y)
+        both = self.cross_entropy == "both"
+        other, distance = self._compare(model, second, selected, features, attacked=adversarial, whole=both)
+        if other is not None:
+            cross_entropy = (cross_entropy + F.cross_entropy(other, y)) / 2
+        return {"cross_entropy": cross_entropy, "criticality": self.weight * distance.mean()}
+
+    def _selected(self, model: nn.Module) -> dict[str, nn.Module]:
+        selected = trained_layers(model)
+        if not selected:
+            raise InputError("No layer of the network trains; select the critical layers first.")
+        return selected
+
+    def _record(
+        self, model: nn.Module, x: Images, selected: Mapping[str, nn.Module]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Class scores and the selected layers' features; cloned, since a later module may change them in place."""
+        features: dict[int, Tensor] = {}
+        scores = observe(model, x, selected, lambda i, feature: features.update({i: feature.clone()}), at=self.at)
+        assert scores is not None
+        return scores, features
+
+    def _compare(
+        self,
+        model: nn.Module,
+        x: Images,
+        selected: Mapping[str, nn.Module],
+        recorded: Mapping[int, Tensor],
+        *,
+        attacked: bool = False,
+        whole: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Sum over the selected layers of the distance to the recorded features, image by image (batch,).
+
+        ``attacked`` says which of the two were recorded; the class scores come with it if the ``whole`` network ran.
+        """
+        distances: dict[int, Tensor] = {}
+
+        def compare(number: int, feature: Tensor) -> None:
+            clean, adversarial = (feature, recorded[number]) if attacked else (recorded[number], feature)
+            distances[number] = self._distance(clean.float(), adversarial.float())
+
+        scores = observe(model, x, selected, compare, at=self.at, stop_after=None if whole else len(recorded))
+        return scores if whole else None, torch.stack(list(distances.values())).sum(0)
+
+    def _distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
+        distance = lengths(adversarial - clean)
+        if self.distance == "mean":
+            return distance / clean[0].numel()
+        if self.distance == "relative":
+            return distance / lengths(clean).clamp_min(torch.finfo(torch.float32).tiny)
+        return distance

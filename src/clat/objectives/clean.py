@@ -1,0 +1,20 @@
+"""Training without an attack."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clat.layers import logits
+from clat.threat import Images, Labels, Threat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean:
+    """Cross-entropy on the images as they are."""
+
+    def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+        return x
+
+    def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
+        return {"cross_entropy": F.cross_entropy(logits(model(x)), y)}

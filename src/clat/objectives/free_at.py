@@ -1,0 +1,65 @@
+"""Free adversarial training: one backward pass moves weights and images together (Shafahi et al. 2019)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clat.errors import InputError
+from clat.layers import logits
+from clat.threat import Images, Labels, Threat, check_one_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeAt:
+    """Cross-entropy on x + delta, where each batch is trained on several times and delta moves once each time.
+
+    delta and the weights take their step from the same backward pass: ``loss`` keeps the attacked images, the
+    caller's ``backward`` fills their gradient, and the next ``perturb`` makes the step with it. delta goes on from
+    replay to replay and from batch to batch, although the images change. The training loop makes the objective anew
+    for each epoch, so delta starts anew there too, and a resumed run equals an uninterrupted one.
+
+    An epoch makes ``replays`` times as many steps as one of another objective: give as many epochs fewer.
+
+    Args:
+        replays: m, how often each batch is trained on
+
+    Source: ashafahi/free_adv_train. As in locuslab/fast_adversarial, delta is cut with the box [0, 1] around the
+    images it was used on before it goes on.
+    """
+
+    replays: int = 8
+
+    def __post_init__(self) -> None:
+        if self.replays < 2:
+            raise InputError(f"free_at.replays is {self.replays}; with fewer than 2 no image meets its perturbation.")
+
+    @cached_property
+    def _carried(self) -> dict[str, Tensor]:
+        """delta, and the clean and attacked images that were trained on last: what lives from call to call."""
+        return {}
+
+    def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+        check_one_step(threat, "free-at", "eps")
+        delta = self._moved(x, threat)
+        if len(delta) < len(x):
+            new = x[len(delta) :]
+            delta = torch.cat([delta, threat.first(new) - new])
+        self._carried["delta"] = delta
+        return threat.project(x + delta[: len(x)], x)
+
+    def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
+        attacked = x_adv.detach().requires_grad_()
+        self._carried.update(x=x, attacked=attacked)
+        return {"cross_entropy": F.cross_entropy(logits(model(attacked)), y)}
+
+    def _moved(self, x: Images, threat: Threat) -> Tensor:
+        """delta after the step that the last backward pass allows; a batch smaller than delta moves its first rows."""
+        delta = self._carried.get("delta", x[:0])
+        last, attacked = self._carried.pop("x", None), self._carried.pop("attacked", None)
+        if last is None or attacked is None or attacked.grad is None:
+            return delta
+        moved = threat.project(threat.move(attacked.detach(), attacked.grad), last) - last
+        return torch.cat([moved, delta[len(moved) :]])

@@ -1,0 +1,522 @@
+"""The one training loop, for pre-training and fine-tuning, any objective and any tuner, one process or several."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from clat.averaging import Averaged
+from clat.checkpoint import load_tensors, load_weights, save_checkpoint, save_tensors
+from clat.data import Dataset, augment, to_unit
+from clat.errors import InputError
+from clat.evaluate import autocast, best_device, check_fits, evaluate, seeded
+from clat.health import check_attack, check_finite, check_learning
+from clat.integrity import State, fingerprint, snapshot, tensors, verify
+from clat.objectives import Objective
+from clat.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from clat.recipe import Recipe
+from clat.runs import Run, environment
+from clat.threat import Images, Labels, Threat
+from clat.tuners.convlora import adapted_layers, merge, merged_state
+from clat.tuners.selection import Selection
+
+
+def train(
+    recipe: Recipe,
+    model: nn.Module,
+    data: Dataset,
+    *,
+    out: Path | str,
+    resume: bool = False,
+    overwrite: bool = False,
+    origin: str | None = None,
+    console: Console | None = None,
+) -> Run:
+    """Trains or fine-tunes a network by a recipe and records it in a run folder.
+
+    Args:
+        model: takes pixels in [0, 1], returns class scores; changed in place, and ends as it was after the last epoch,
+            or as its tuner leaves it then
+        data: the training split; ``recipe.holdout`` images of it are held out for validation
+        out: the run folder
+        resume: continue the run in ``out`` after its last finished epoch, or start it if there is none; on the CPU it
+            ends bit-identical to an uninterrupted one
+        overwrite: replace an existing run in ``out``
+        origin: where the network's weights come from, for the record
+        console: where progress goes; default none
+    Raises:
+        InputError: a network, data or folder that does not fit
+        HealthError: the loss is not finite, the accuracy stays at chance level, or the attack does not work
+        IntegrityError: a frozen tensor changed or a selected one did not
+    """
+    accelerator = Accelerator(cpu=best_device() == "cpu")  # without this, torchrun on CPUs is not noticed
+    run = Run(Path(out))
+    resuming = run.claim(resume=resume, overwrite=overwrite)
+    accelerator.wait_for_everyone()  # every process decides before the first one writes
+    if resuming:
+        _check_same_run(run, recipe, data)
+    model.to(accelerator.device)
+    check_fits(model, data, accelerator.device)
+    _Trainer(recipe, model, data, run, accelerator, console).fit(resuming, origin)
+    return run
+
+
+def _check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
+    wanted, stored = _plain(asdict(recipe)), run.recipe
+    changed = [key for key in wanted if wanted[key] != stored.get(key)]
+    if changed:
+        raise InputError(
+            f"The run in {run.folder} was started with another {', '.join(changed)}; resume it with the same "
+            "recipe, or start a new run."
+        )
+    if run.environment["data"]["sha256"] != data.digest():
+        raise InputError(
+            f"The run in {run.folder} was started on other data than {data.source}; resume it on the same."
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that what is written equals what is read."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Trainer:
+    """One run in progress: what has to live from epoch to epoch."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        data: Dataset,
+        run: Run,
+        accelerator: Accelerator,
+        console: Console | None,
+    ):
+        self.recipe, self.model, self.given, self.run, self.accelerator = recipe, model, data, run, accelerator
+        self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
+        if recipe.batch_size % self.world:
+            raise InputError(f"batch_size {recipe.batch_size} is not a multiple of the {self.world} processes.")
+        training, validation = data.hold_out(recipe.holdout, recipe.holdout_seed)
+        if recipe.images is not None and recipe.images < len(training):
+            order = torch.randperm(len(training), generator=torch.Generator().manual_seed(recipe.holdout_seed))
+            training = training.subset(order[: recipe.images].sort().values)
+        self.data = training.to(self.device)
+        self.validation = validation.subset(torch.arange(self.rank, len(validation), self.world)).to(self.device)
+        self.classes = len(data.classes)
+        self.objective, self.tuner = recipe.make_objective(), recipe.make_tuner()
+        self.selection: Selection | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.averaged = Averaged(model, recipe.average)
+        self.console = console if console and accelerator.is_main_process else Console(quiet=True)
+        self.steps = max(1, len(self.data) // recipe.batch_size)
+        self.size = min(recipe.batch_size, len(self.data))
+        self.extra_size = recipe.extra.count(self.size, self.world) if recipe.extra else 0
+        self.extra = recipe.extra.load(training, self.device) if recipe.extra else None
+
+    def fit(self, resuming: bool, origin: str | None) -> None:
+        start = snapshot(self.model)
+        if resuming and hasattr(self.tuner, "end"):
+            self._check_start(start)
+        if resuming and self.extra and self.run.environment["extra"]["sha256"] != self.extra.digest():
+            raise InputError(
+                f"The run in {self.run.folder} was started with other extra images or labels; resume it with the same."
+            )
+        try:
+            metrics, overfitted = self._train(resuming, origin)
+        finally:
+            merge(self.model)
+        load_weights(self.run.last, self.model)  # if the last epoch was dropped, the one before
+        self._finish(metrics, overfitted, self._end(start, metrics))
+
+    def _train(self, resuming: bool, origin: str | None) -> tuple[list[dict[str, Any]], int | None]:
+        """All epochs: their metrics, and the epoch that was dropped for overfitting, if one was."""
+        recipe = self.recipe
+        metrics, selections = self._restore() if resuming else ([], [])
+        before = snapshot(self.model)
+        with _progress(self.console) as progress:
+            task = progress.add_task("", total=recipe.epochs * self.steps, completed=len(metrics) * self.steps)
+            for epoch in range(len(metrics) + 1, recipe.epochs + 1):
+                start = time.perf_counter()
+                torch.manual_seed(_seed(recipe.seed, epoch, self.rank))
+                if self.tuner.due(epoch):
+                    selections = [*selections, self._select(epoch)]
+                    if epoch == 1 and not resuming:
+                        self._begin(origin)  # only now that all input is known to be good may an old run go
+                    kept = optimizer_state(self.optimizer, self.model) if self.tuner.momentum == "keep" else {}
+                    load_optimizer_state(self._take(selections[-1]), self.model, kept)
+                    before = {**snapshot(self.model), **before}  # what the tuner added is new
+                progress.update(task, description=f"epoch {epoch}/{recipe.epochs}")
+                losses = self._epoch(epoch, lambda: progress.advance(task))
+                assert self.selection is not None
+                verify(self.model, self.selection, before)
+                before = snapshot(self.model)
+                trained = time.perf_counter() - start
+                entry = self._measure(epoch, losses, trained)
+                if self._overfits(metrics, entry):
+                    return metrics, epoch
+                metrics = [*metrics, entry]
+                self._report(metrics[-1])
+                self._commit(epoch, metrics, selections)
+                check_learning(metrics, self.classes, recipe)
+        return metrics, None
+
+    # One epoch
+
+    def _select(self, epoch: int) -> Selection:
+        """Algorithm 1, lines 4-9."""
+        recipe = self.recipe
+        generator = torch.Generator().manual_seed(_seed(recipe.seed, epoch, 0))
+        chosen = self.data.subset(torch.randperm(len(self.data), generator=generator)[: self.tuner.batch])
+        pixels, y = next(chosen.batches(self.tuner.batch, workers=0))
+        # The same layers on every process. In fp32: early layers' differences of bf16 features are mostly rounding.
+        with seeded(_seed(recipe.seed, epoch, 0), self.device):
+            selection = self.tuner.select(self.model, to_unit(pixels), y, recipe.threat, epoch=epoch, seed=recipe.seed)
+        if recipe.tuner != "whole":
+            self.console.print(f"  epoch {epoch}: selected {_layer_list(selection)}", highlight=False)
+        return selection
+
+    def _take(self, selection: Selection) -> torch.optim.Optimizer:
+        """Puts a selection into effect; the optimizer is made anew for what trains from here on."""
+        begin = getattr(self.tuner, "begin", None)
+        if begin is not None:
+            begin(self.model, selection, seed=self.recipe.seed)
+        selection.apply(self.model)
+        self.selection = selection
+        self.optimizer = make_optimizer(self.recipe, self.model)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return self.optimizer
+
+    def _epoch(self, epoch: int, advance: Any) -> dict[str, float]:
+        recipe, optimizer = self.recipe, self.optimizer
+        assert optimizer is not None
+        objective = recipe.make_objective()  # anew, so that an epoch can be repeated by itself
+        replays = getattr(objective, "replays", 1)
+        totals: dict[str, Tensor] = {}
+        for step, (pixels, y) in enumerate(self._batches(epoch)):
+            x = to_unit(augment(pixels) if recipe.augment else pixels)
+            if step == 0:
+                self.first_batch = x, y
+            set_rate(optimizer, recipe, self._learning_rate(epoch, step))
+            for _ in range(replays):
+                x_adv = self._attack(objective, x, y)
+                terms = self._update(objective, x, x_adv, y, epoch)
+                for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
+                    totals[name] = totals.get(name, torch.zeros((), device=self.device)) + term
+            last = step == self.steps - 1
+            self.averaged.take(epoch, last=last)
+            if step == 0 and x_adv is not x:
+                check_attack(x_adv, x, recipe)
+            if step % 20 == 0 or last:
+                check_finite(totals["loss"], recipe, epoch, step)
+            advance()
+        self._share_buffers()
+        return {name: total.item() / (self.steps * replays) for name, total in totals.items()}
+
+    def _attack(self, objective: Objective, x: Images, y: Labels) -> Images:
+        with autocast(self.device, self.recipe.precision):
+            x_adv = objective.perturb(self.model, x, y, self.recipe.threat)
+        return x if x_adv is x else self.recipe.threat.project(x_adv, x)
+
+    def _update(self, objective: Objective, x: Images, x_adv: Images, y: Labels, epoch: int) -> dict[str, Tensor]:
+        """One step of the optimizer; returns the terms of the loss."""
+        recipe, model, selection, optimizer = self.recipe, self.model, self.selection, self.optimizer
+        assert selection is not None
+        assert optimizer is not None
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def backward() -> dict[str, Tensor]:
+            with selection.mode(model), autocast(self.device, recipe.precision):
+                terms = objective.loss(model, x, x_adv, y)
+                loss = torch.stack(list(terms.values())).sum()
+            loss.backward()
+            self._share(parameters)
+            return {name: term.detach() for name, term in terms.items()}
+
+        awp = recipe.awp if recipe.awp and epoch > recipe.awp.warmup else None
+        with awp.weights(model, backward) if awp else nullcontext():
+            terms = backward()
+            if recipe.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return terms
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of each batch; a rest smaller than a batch is left for another epoch's order."""
+        generator = torch.Generator().manual_seed(_seed(self.recipe.seed, epoch, 0))
+        order = torch.randperm(len(self.data), generator=generator)[: self.steps * (self.size - self.extra_size)]
+        batches = self._in_batches(self.data, order)
+        if self.extra is None:
+            return batches
+        picked = torch.randint(len(self.extra), (self.steps * self.extra_size,), generator=generator)
+        both = zip(batches, self._in_batches(self.extra, picked), strict=True)
+        return ((torch.cat([x, more_x]), torch.cat([y, more_y])) for (x, y), (more_x, more_y) in both)
+
+    def _in_batches(self, data: Dataset, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the order, cut into the epoch's steps."""
+        part = order.view(self.steps, -1)[:, self.rank :: self.world]
+        return data.batches(part.shape[1], order=part.reshape(-1))
+
+    def _learning_rate(self, epoch: int, step: int) -> float:
+        return learning_rate(self.recipe, epoch, step, self.steps, self.selection.epoch if self.selection else 1)
+
+    def _share(self, parameters: list[nn.Parameter]) -> None:
+        """Averages the gradients over the processes. Only what trains is sent, which under CLAT is little."""
+        if self.world > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def _share_buffers(self) -> None:
+        if self.world > 1 and self.selection is not None:
+            for held in (dict(self.model.named_buffers()), self.averaged.tensors):
+                for name in sorted(self.selection.moving_buffers(self.model)):
+                    if name in held and held[name].is_floating_point():
+                        held[name].copy_(self.accelerator.reduce(held[name].clone(), "mean"))
+
+    # Validation and health
+
+    def _accuracy(self) -> tuple[float, float, int]:
+        """Clean and robust accuracy on the held-out images, and their number, over all processes."""
+        recipe = self.recipe
+        # The one step of a one-step attack is as long as the ball and too long to ascend with.
+        length = recipe.threat.step if recipe.threat.steps > 1 else recipe.threat.radius / 4
+        threat = Threat(eps=recipe.threat.eps, step=length, norm=recipe.threat.norm, steps=recipe.validation_steps)
+        with self.averaged.swapped_in():
+            found = evaluate(
+                self.model, self.validation, threat, seed=recipe.seed, device=self.device, precision=recipe.precision
+            )
+        counts = torch.tensor([found.clean.correct, found.robust.correct, found.clean.n], device=self.device)
+        clean, robust, n = self.accelerator.reduce(counts, "sum").tolist()
+        return clean / n, robust / n, n
+
+    def _measure(self, epoch: int, losses: dict[str, float], seconds: float) -> dict[str, Any]:
+        start = time.perf_counter()
+        clean, robust, n = self._accuracy()
+        return {
+            "epoch": epoch,
+            **{name if name == "loss" else f"loss/{name}": value for name, value in losses.items()},
+            "clean": clean,
+            "robust": robust,
+            **self._probe(),
+            "validation_images": n,
+            "learning_rate": self._learning_rate(epoch, 0),
+            "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "seconds": round(seconds, 3),
+            "validation_seconds": round(time.perf_counter() - start, 3),
+            "peak_memory_bytes": _peak_memory(self.device),
+        }
+
+    def _probe(self) -> dict[str, float]:
+        """Accuracy under attack on the epoch's first batch, for an objective that watches it."""
+        probe = getattr(self.objective, "probe", None)
+        if probe is None:
+            return {}
+        x, y = self.first_batch
+        with seeded(self.recipe.seed, self.device), autocast(self.device, self.recipe.precision):
+            right = probe(self.model, x, y, self.recipe.threat)
+        correct, n = self.accelerator.reduce(torch.tensor([right.sum(), len(y)], device=self.device), "sum").tolist()
+        return {"probe": correct / n}
+
+    def _overfits(self, metrics: list[dict[str, Any]], entry: dict[str, Any]) -> bool:
+        """Whether the probe fell so far in this epoch that the objective ends the run."""
+        if "probe" not in entry or not metrics:
+            return False
+        fall = metrics[-1]["probe"] - entry["probe"]
+        if fall <= getattr(self.objective, "largest_drop", 1):
+            return False
+        self.console.print(
+            f"  epoch {entry['epoch']}: catastrophic overfitting (accuracy under attack on a training batch fell by "
+            f"{100 * fall:.0f} points); the run ends with epoch {entry['epoch'] - 1}",
+            highlight=False,
+        )
+        return True
+
+    # The run folder
+
+    def _begin(self, origin: str | None) -> None:
+        run, device = self.run, self.device
+        if self.accelerator.is_main_process:
+            run.clear()
+            run.write("start.json", {name: fingerprint(tensor) for name, tensor in tensors(self.model).items()})
+            run.write("environment.json", {**self._facts(origin), **environment(device, self.world)})
+            run.write("recipe.yaml", _plain(asdict(self.recipe)))  # last: from here on the folder is a run
+        self.accelerator.wait_for_everyone()
+
+    def _facts(self, origin: str | None) -> dict[str, Any]:
+        data = self.given
+        return {
+            "model": getattr(self.model, "spec", None) or type(self.model).__qualname__,
+            "from": origin,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "data": {"source": data.source, "split": data.split, "images": len(data), "sha256": data.digest()},
+            "extra": {"images": len(self.extra), "sha256": self.extra.digest()} if self.extra else None,
+        }
+
+    def _restore(self) -> tuple[list[dict[str, Any]], list[Selection]]:
+        """Metrics and selections up to the last committed epoch, with network and optimizer as they were then."""
+        epoch = self.run.epoch
+        selections = [selection for selection in self.run.selections if selection.epoch <= epoch]
+        if epoch:
+            load_weights(self.run.last, self.model)
+            optimizer = self._take(selections[-1])
+            stored, facts = load_tensors(self.run.optimizer(epoch))
+            state = {kind: _section(stored, kind) for kind in ("optimizer", "average", "network")}
+            load_optimizer_state(optimizer, self.model, state["optimizer"])
+            self.averaged.count = facts["averaged"]
+            self.averaged.tensors = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
+            if state["network"]:
+                self.model.load_state_dict(state["network"])
+        metrics = [entry for entry in self.run.metrics if entry["epoch"] <= epoch]
+        if metrics and self._best(metrics) == epoch and self.accelerator.is_main_process:
+            # Killed between the two checkpoints, perhaps.
+            self._save_best(metrics[-1])
+        return metrics, selections
+
+    def _commit(self, epoch: int, metrics: list[dict[str, Any]], selections: list[Selection]) -> None:
+        """Writes the epoch; it counts from the moment that ``last`` is renamed into place."""
+        if self.accelerator.is_main_process:
+            # While the network is adapted, ``last`` holds it merged, and it is stored as it is with the optimizer.
+            network = self.model.state_dict() if adapted_layers(self.model) else {}
+            sections = {
+                "optimizer": optimizer_state(self.optimizer, self.model),
+                "average": self.averaged.tensors,
+                "network": network,
+            }
+            stored = {f"{kind}/{name}": tensor for kind, part in sections.items() for name, tensor in part.items()}
+            save_tensors(self.run.optimizer(epoch), stored, epoch=epoch, averaged=self.averaged.count)
+            self.run.write("selections.jsonl", [selection.to_json() for selection in selections])
+            self.run.write("metrics.jsonl", metrics)
+            self._save(self.run.last, metrics[-1])
+            if self._best(metrics) == epoch:
+                self._save_best(metrics[-1])
+            for path in self.run.folder.glob("optimizer-*.safetensors"):
+                if path != self.run.optimizer(epoch):
+                    path.unlink()
+        self.accelerator.wait_for_everyone()
+
+    def _save_best(self, entry: dict[str, Any]) -> None:
+        with self.averaged.swapped_in():
+            self._save(self.run.best, entry)
+
+    def _save(self, path: Path, entry: dict[str, Any], **facts: Any) -> None:
+        save_checkpoint(
+            path,
+            self.model,
+            merged_state(self.model),
+            epoch=entry["epoch"],
+            validation={key: entry[key] for key in ("clean", "robust", "validation_images")},
+            data={"source": self.data.source, "classes": self.data.classes, "shape": self.data.shape},
+            holdout={"images": self.recipe.holdout, "seed": self.recipe.holdout_seed},
+            selected=list(self.selection.layers) if self.selection and self.recipe.tuner != "whole" else None,
+            **facts,
+        )
+
+    # The end
+
+    def _check_start(self, start: State) -> None:
+        """A tuner's end needs the network that the run began with, and the run folder has only its fingerprints."""
+        if {name: fingerprint(tensor) for name, tensor in start.items()} != self.run.start:
+            raise InputError(
+                f"The run in {self.run.folder} began with other weights; resume it from the network that it began with."
+            )
+
+    def _end(self, start: State, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the tuner makes of the best network, its facts stored with it; a killed run that had it keeps it."""
+        end = getattr(self.tuner, "end", None)
+        if end is None:
+            return {}
+        facts = load_weights(self.run.best, self.model)
+        self.averaged = Averaged(self.model, None)  # where weights were averaged, the best are
+        self.accelerator.wait_for_everyone()  # every process has read it before the first one writes
+        if "end" not in facts:
+            facts["end"] = end(self.model, start, lambda: self._accuracy()[:2])
+            if self.accelerator.is_main_process:
+                entry = next(entry for entry in metrics if entry["epoch"] == facts["epoch"])
+                self._save(self.run.best, {**entry, **facts["end"]}, end=facts["end"])
+        return facts["end"]
+
+    def _best(self, metrics: list[dict[str, Any]]) -> int:
+        order = ("robust", "clean") if self.recipe.select_by == "robust" else ("clean", "robust")
+        return max(metrics, key=lambda entry: (entry[order[0]], entry[order[1]], entry["epoch"]))["epoch"]
+
+    def _report(self, entry: dict[str, Any]) -> None:
+        self.console.print(
+            f"  epoch {entry['epoch']}/{self.recipe.epochs}: loss {entry['loss']:.3f}, validation clean "
+            f"{100 * entry['clean']:.1f} %, robust {100 * entry['robust']:.1f} %, {entry['seconds']:.0f} s",
+            highlight=False,
+        )
+
+    def _finish(self, metrics: list[dict[str, Any]], overfitted: int | None, end: dict[str, Any]) -> None:
+        best = next(entry for entry in metrics if entry["epoch"] == self._best(metrics))
+        best = {**best, **{key: end[key] for key in ("clean", "robust") if key in end}}
+        if self.accelerator.is_main_process:
+            self.run.write(
+                "result.json",
+                {
+                    "epochs": len(metrics),
+                    "overfitted": overfitted,  # the epoch that ended the run early and was dropped, if one did
+                    "best": best,
+                    **({"end": end} if end else {}),
+                    "last": metrics[-1],
+                    "robust_gap": best["robust"] - metrics[-1]["robust"],
+                    "seconds": round(sum(entry["seconds"] for entry in metrics), 3),
+                    "trainable": max(entry["trainable"] for entry in metrics),
+                    "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+
+def _section(stored: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors stored under ``kind/``."""
+    prefix = f"{kind}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+
+
+def _seed(seed: int, epoch: int, rank: int) -> int:
+    """One seed for each run, epoch and process, so that an epoch can be repeated by itself."""
+    return (seed * 1_000_003 + epoch) * 1_009 + rank
+
+
+def _layer_list(selection: Selection) -> str:
+    index = {score.name: score.index for score in selection.scores}
+    if not index:
+        return f"{len(selection.layers)} layers"
+    return ", ".join(f"{name} (layer {index[name]})" if index[name] else name for name in selection.layers)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most memory in use so far: on a GPU by tensors, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,83 @@
+"""The most critical layers train, chosen anew every few epochs: Algorithm 1."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from clat.criticality import LayerScore, Norm, attack_output, criticality, layer_count, ranked
+from clat.errors import InputError
+from clat.layers import At, trace
+from clat.threat import Images, Labels, Threat
+from clat.tuners.selection import Selection, moving_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critical:
+    """Selects, trains and freezes by criticality.
+
+    Args:
+        k: how many layers train (an integer), or which share of the layers (a number below 1)
+        every: epochs from one selection to the next (Algorithm 1: 10); 0 selects once (Table 4's non-dynamic variant)
+        ranking: criticality (Algorithm 1, line 9), or one of its controls: random (Table 5) or lowest
+        batch: training images that the criticality is measured on
+        norm: normalisation of the weakness: paper (1 / N, Eq. 5) or rms (1 / sqrt N)
+        at: features at the layer's output or after its normalisation and activation
+        head: let the classification head be selected too
+        norm_affine: train the scale and shift of a selected layer's own normalisation with it
+        norm_statistics: which BatchNorm layers use and update batch statistics meanwhile: frozen (none), selected
+            (those right after a selected layer) or all
+        momentum: what a selection does to the optimizer's state: drop it, or keep it for layers selected again
+        learning_rate: what a selection does to the schedule: continue it, or restart it
+    """
+
+    k: int | float = 1
+    every: int = 10
+    ranking: Literal["criticality", "random", "lowest"] = "criticality"
+    batch: int = 100
+    norm: Norm = "paper"
+    at: At = "output"
+    head: bool = False
+    norm_affine: bool = False
+    norm_statistics: Literal["frozen", "selected", "all"] = "frozen"
+    momentum: Literal["drop", "keep"] = "drop"
+    learning_rate: Literal["continue", "restart"] = "continue"
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise InputError(f"critical.every is {self.every}; give epochs between selections, or 0 to select once.")
+        if self.batch < 1:
+            raise InputError(f"critical.batch is {self.batch}; the criticality needs at least one image.")
+        if not self.k > 0:
+            raise InputError(f"critical.k is {self.k}; give a number of layers, or a share between 0 and 1.")
+
+    def due(self, epoch: int) -> bool:
+        """Algorithm 1, line 3: epochs 1, 11, 21, ... for every 10."""
+        return epoch == 1 or (self.every > 0 and (epoch - 1) % self.every == 0)
+
+    def select(
+        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+    ) -> Selection:
+        """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,)."""
+        x_adv = attack_output(model, x, y, threat)
+        scores = criticality(model, x, x_adv, norm=self.norm, at=self.at)
+        names = self._order(ranked(scores, head=self.head), seed + epoch)
+        chosen = names[: layer_count(self.k, len(names))]
+        own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}
+        trained = [*chosen, *sorted(own)] if self.norm_affine else chosen
+        prefixes = tuple(name + "." for name in trained)
+        return Selection(
+            epoch=epoch,
+            layers=tuple(chosen),
+            trainable=tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes)),
+            training=moving_norms(model, self.norm_statistics, own),
+            scores=tuple(scores),
+        )
+
+    def _order(self, candidates: list[LayerScore], seed: int) -> list[str]:
+        names = list(dict.fromkeys(score.name for score in candidates))
+        if self.ranking == "random":
+            order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+            return [names[i] for i in order]
+        return names[::-1] if self.ranking == "lowest" else names

@@ -1,0 +1,33 @@
+"""The whole network trains: ordinary (adversarial) training."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from clat.layers import layers
+from clat.threat import Images, Labels, Threat
+from clat.tuners.selection import Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """Every parameter trains, in train mode, from the first epoch on."""
+
+    batch: ClassVar[int] = 1
+    every: ClassVar[int] = 0
+    momentum: ClassVar[Literal["drop", "keep"]] = "drop"
+    learning_rate: ClassVar[Literal["continue", "restart"]] = "continue"
+
+    def due(self, epoch: int) -> bool:
+        return epoch == 1
+
+    def select(
+        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+    ) -> Selection:
+        return Selection(
+            epoch=epoch,
+            layers=tuple(layers(model, x[:1])),
+            trainable=tuple(name for name, _ in model.named_parameters()),
+            training=("",),
+        )

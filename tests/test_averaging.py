@@ -1,0 +1,110 @@
+"""Averaged weights against the sums written out, and a run that validates and keeps them."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clat.averaging import Average, Averaged
+from clat.checkpoint import load_checkpoint, load_tensors
+from clat.errors import InputError
+from clat.evaluate import evaluate
+from clat.integrity import same_bits, snapshot
+from clat.models import build_model
+from clat.recipe import Recipe
+from clat.threat import Threat
+from clat.train import _Trainer, train
+from conftest import Plain
+
+RECIPE = Recipe(
+    epochs=3, batch_size=60, lr=0.05, holdout=60, validation_steps=2, health=False, augment=False, precision="fp32",
+    threat=Threat(eps=0.1, step=0.05, steps=2), average=Average(decay=0.8),
+)  # fmt: skip
+
+
+def walk(model, steps):
+    """Moves one weight and a running mean in each of so many steps; yields the step."""
+    for step in range(steps):
+        model.first.weight.data.fill_(float(step))
+        model.first_norm.running_mean.fill_(10.0 * step)
+        model.first_norm.num_batches_tracked.fill_(step)
+        yield step
+
+
+def test_ema_weighs_each_step(plain):
+    averaged, expected = Averaged(plain, Average(decay=0.7)), None
+    for step in walk(plain, 30):
+        averaged.take(1, last=False)
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = step if expected is None else decay * expected + (1 - decay) * step
+    assert averaged.tensors["first.weight"].flatten()[0].item() == pytest.approx(expected, rel=1e-5)
+    assert averaged.tensors["first_norm.running_mean"][0].item() == pytest.approx(10 * expected, rel=1e-5)
+    assert averaged.tensors["first_norm.num_batches_tracked"] == 29
+
+
+def test_swa_is_the_mean_of_the_epochs_from_its_start(plain):
+    averaged = Averaged(plain, Average(kind="swa", start=3))
+    for step in walk(plain, 12):
+        averaged.take(1 + step // 2, last=step % 2 == 1)
+    assert averaged.tensors["first.weight"].flatten()[0].item() == pytest.approx((5 + 7 + 9 + 11) / 4)
+
+
+def test_what_does_not_move_keeps_its_bits_and_the_network_comes_back(plain):
+    averaged = Averaged(plain, Average(decay=0.37))
+    for _ in walk(plain, 20):
+        averaged.take(1, last=True)
+    before = snapshot(plain)
+    with averaged.swapped_in():
+        inside = snapshot(plain)
+    moved = {"first.weight", "first_norm.running_mean"}
+    assert {name for name in inside if not same_bits(inside[name], before[name])} == moved
+    assert all(same_bits(tensor, before[name]) for name, tensor in snapshot(plain).items())
+
+
+def test_without_settings_nothing_is_swapped():
+    model = Plain()
+    averaged, before = Averaged(model, None), snapshot(model)
+    averaged.take(1, last=True)
+    with averaged.swapped_in():
+        assert all(same_bits(tensor, before[name]) for name, tensor in snapshot(model).items())
+
+
+@pytest.mark.parametrize("average", [Average(decay=0.8), Average(kind="swa", start=2)], ids=["ema", "swa"])
+def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(average, blobs, tmp_path, monkeypatch):
+    def network():
+        torch.manual_seed(0)
+        return build_model("rn18", 3, channels=1, width=4, mean=[0.3], std=[0.2])
+
+    monkeypatch.setattr(_Trainer, "_best", lambda _self, metrics: metrics[-1]["epoch"])
+    recipe = replace(RECIPE, average=average)
+    run = train(recipe, network(), blobs, out=tmp_path / "run")
+    plain = train(replace(recipe, average=None), network(), blobs, out=tmp_path / "plain")
+    last, best, without = (load_tensors(path)[0] for path in (run.last, run.best, plain.last))
+    assert all(same_bits(last[name], without[name]) for name in last)  # averaging does not touch training
+    assert load_tensors(run.best)[1]["epoch"] == 3
+    assert not same_bits(last["network.conv1.weight"], best["network.conv1.weight"])
+    model, _ = load_checkpoint(run.best)
+    _, held_out = blobs.hold_out(60, recipe.holdout_seed)
+    threat = replace(recipe.threat, steps=2)
+    assert evaluate(model, held_out, threat, seed=0).clean.value == run.result["best"]["clean"]
+
+    real = os.replace
+
+    def dying(source, target):
+        if str(target).endswith("last.safetensors") and (tmp_path / "killed/last.safetensors").exists():
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, network(), blobs, out=tmp_path / "killed")
+    monkeypatch.setattr(os, "replace", real)
+    killed = train(recipe, network(), blobs, out=tmp_path / "killed", resume=True)
+    assert all(same_bits(tensor, best[name]) for name, tensor in load_tensors(killed.best)[0].items())
+
+
+@pytest.mark.parametrize("keys", [{"kind": "mean"}, {"decay": 1.0}, {"start": 0}])
+def test_values_out_of_range_are_refused(keys):
+    with pytest.raises(InputError, match="average"):
+        Average(**keys)

@@ -1,0 +1,99 @@
+"""Algorithm 1: when layers are selected, which, and what trains then."""
+
+import pytest
+import torch
+
+from clat.criticality import attack_output, criticality, top
+from clat.errors import InputError
+from clat.integrity import same_bits, snapshot
+from clat.threat import Threat
+from clat.tuners import TUNERS, Critical, Rift, Selection, Whole
+
+THREAT = Threat(steps=2)
+SMALL = {"rift": Rift(passes=2)}
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_contract(name, plain, images):
+    """Selecting changes nothing; applying sets requires_grad on exactly the trainable parameters; JSON is faithful."""
+    plain.train()
+    before, tuner = snapshot(plain), SMALL.get(name, TUNERS[name]())
+    selection = tuner.select(plain, *images, THREAT, epoch=3)
+    assert plain.training
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    assert all(same_bits(tensor, before[key]) for key, tensor in snapshot(plain).items())
+    expected = plain.eval()(images[0])
+    getattr(tuner, "begin", lambda *_: None)(plain, selection)
+    assert torch.equal(plain(images[0]), expected)
+    selection.apply(plain)
+    assert {key for key, parameter in plain.named_parameters() if parameter.requires_grad} == set(selection.trainable)
+    assert tuner.due(1)
+    assert Selection.from_json(selection.to_json()) == selection
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs"), [(10, [1, 11, 21]), (1, list(range(1, 26))), (0, [1]), (7, [1, 8, 15, 22])]
+)
+def test_selection_is_due_as_in_line_3(every, epochs):
+    tuner = Critical(every=every)
+    assert [epoch for epoch in range(1, 26) if tuner.due(epoch)] == epochs
+
+
+def test_the_most_critical_layers_are_selected(tiny):
+    x, y = torch.rand(8, 1, 16, 16), torch.arange(8) % 3
+    torch.manual_seed(5)
+    expected = top(criticality(tiny, x, attack_output(tiny, x, y, THREAT)), 3)
+    torch.manual_seed(5)
+    selection = Critical(k=3).select(tiny, x, y, THREAT)
+    assert list(selection.layers) == expected
+    assert set(selection.trainable) == {f"{name}.weight" for name in expected}
+    assert len(selection.scores) == 21
+
+
+def test_lowest_and_random_are_controls_of_the_same_size(tiny):
+    x, y = torch.rand(8, 1, 16, 16), torch.arange(8) % 3
+
+    def chosen(ranking, **keys):
+        torch.manual_seed(5)
+        return Critical(k=5, ranking=ranking).select(tiny, x, y, THREAT, **keys).layers
+
+    assert not set(chosen("lowest")) & set(chosen("criticality"))
+    assert chosen("random", epoch=1) == chosen("random", epoch=1)
+    assert len({chosen("random", epoch=epoch) for epoch in range(1, 8)}) > 4
+    assert all("shortcut" not in name and "linear" not in name for name in chosen("random"))
+
+
+def test_the_layers_own_normalisation_trains_and_moves_only_if_asked(plain, images):
+    def select(**keys):
+        return Critical(k=2, **keys).select(plain, *images, THREAT)
+
+    assert set(select().trainable) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert select().training == ()
+    assert {"first_norm.weight", "second_norm.bias"} <= set(select(norm_affine=True).trainable)
+    assert select(norm_statistics="selected").training == ("first_norm", "second_norm")
+    one = Critical(k=1, norm_statistics="all").select(plain, *images, THREAT)
+    assert one.training == ("first_norm", "second_norm")
+    assert len(one.layers) == 1
+
+
+def test_modes_hold_whatever_the_caller_set_and_are_put_back(plain, images):
+    selection = Critical(k=2, norm_statistics="selected").select(plain, *images, THREAT)
+    plain.train()
+    with selection.mode(plain):
+        assert plain.first_norm.training
+        assert not plain.first.training
+    assert plain.first.training
+    with Whole().select(plain.eval(), *images, THREAT).mode(plain):
+        assert all(module.training for module in plain.modules())
+    assert not plain.training
+
+
+@pytest.mark.parametrize("keys", [{"k": 0}, {"k": -1}, {"every": -1}, {"batch": 0}])
+def test_values_out_of_range_are_refused(keys):
+    with pytest.raises(InputError, match="critical"):
+        Critical(**keys)
+
+
+def test_more_layers_than_there_are_is_refused(plain, images):
+    with pytest.raises(InputError, match="from 1 to 2"):
+        Critical(k=3).select(plain, *images, THREAT)

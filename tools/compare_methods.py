@@ -1,0 +1,94 @@
+"""Every objective and tuner at a small scale, then CLAT on top of each; writes results/methods.json and its table.
+
+    python tools/compare_methods.py DATA RUNS      e.g. python tools/compare_methods.py uoft-cs/cifar10 runs/methods
+
+Each method trains a ResNet-18 of width 16 for 3 epochs on 5,000 images (--scale small; the fine-tuning ones start from
+pgd-at), then `clat` fine-tunes its last checkpoint for 2. What is done is not done again. This shows that each method
+runs and learns, not how good it is: no method is tuned for so short a run.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from clat import evaluate, load_data
+from clat.checkpoint import load_checkpoint
+from clat.evaluate import Accuracy, pgd
+from clat.runs import Run
+
+BASE = "pgd-at"
+FROM_SCRATCH = (BASE, "clean", "trades", "mart", "score", "awp", "fast-at", "free-at", "grad-align")
+FINE_TUNED = ("rift", "convlora", "clat", "clat-paper", "clat-fast")  # from BASE
+EXTRA = {"free-at": ["--epochs", "1"]}  # 8 replays of each batch
+TARGET = Path(__file__).parents[1] / "results/methods.json"
+
+
+def main(source: str, runs: Path) -> None:
+    for name in (*FROM_SCRATCH, *FINE_TUNED):
+        start = ["--model", "rn18,width=16"] if name in FROM_SCRATCH else ["--from", _last(runs / BASE)]
+        command = "train" if name in FROM_SCRATCH else "finetune"
+        _run(command, name, start, source, runs / name, EXTRA.get(name, []))
+        on_top = ["--from", _last(runs / name)]
+        _run("finetune", "clat", on_top, source, runs / f"{name}+clat", ["--epochs", "2"])
+    test = load_data(source, "test")
+    rows = []
+    for name in (*FROM_SCRATCH, *FINE_TUNED):
+        for run in (Run(runs / name), Run(runs / f"{name}+clat")):
+            rows.append(_row(run, test))
+            report(Run(runs / BASE), rows)
+
+
+def _run(command: str, recipe: str, start: list[str], source: str, out: Path, more: list[str]) -> None:
+    fixed = ["--data", source, "--out", str(out), "--scale", "small", "--resume"]
+    subprocess.run([sys.executable, "-m", "clat", command, recipe, *start, *fixed, *more], check=True)
+
+
+def _last(folder: Path) -> str:
+    return str(folder / "last.safetensors")
+
+
+def _row(run: Run, test: Any) -> dict[str, Any]:
+    """Test accuracies of the last checkpoint, kept beside the run so that a restart need not measure again."""
+    kept = run.folder.with_suffix(".test.json")
+    if not kept.is_file():
+        model, _ = load_checkpoint(run.last)
+        result = evaluate(model, test, pgd("8/255", 20))
+        kept.write_text(json.dumps({"clean": result.clean.correct, "robust": result.robust.correct, "n": len(test)}))
+    counts = json.loads(kept.read_text())
+    metrics = run.metrics
+    return {
+        "method": run.folder.name,
+        **{key: Accuracy(counts[key], counts["n"]).to_json() for key in ("clean", "robust")},
+        "seconds_per_epoch": round(sum(entry["seconds"] for entry in metrics) / len(metrics), 1),
+        "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in metrics),
+        "trainable": run.result["trainable"],
+        "layers": [list(selection.layers) for selection in run.selections] if "clat" in run.folder.name else None,
+        "loss": [round(entry["loss"], 4) for entry in metrics],
+    }
+
+
+def report(base: Run, rows: list[dict[str, Any]]) -> None:
+    about = {key: base.environment[key] for key in ("packages", "processor", "cores", "threads", "parameters", "data")}
+    about["attack"] = "PGD-20, linf, eps 8/255, fp32"
+    TARGET.write_text(json.dumps({"about": about, "seeds": 1, "rows": rows}, indent=1) + "\n")
+    print("\n".join(markdown(rows)))
+
+
+def markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """The table in docs/baselines.md, line by line."""
+    lines = ["| method | clean | PGD-20 | s / epoch | peak MiB | trainable |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = []
+        for key in ("clean", "robust"):
+            half = 50 * (row[key]["high"] - row[key]["low"])
+            cells.append(f"{100 * row[key]['accuracy']:.1f} ± {half:.1f}")
+        memory = f"{row['peak_memory_bytes'] / 2**20:,.0f}"
+        cells += [f"{row['seconds_per_epoch']:.0f}", memory, f"{row['trainable']:,}"]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
