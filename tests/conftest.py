@@ -42,7 +42,7 @@ def plain() -> Plain:
 
 @pytest.fixture
 def tiny() -> Normalized:
-    return build_model("rn18", 3, channels=1, width=4, mean=[0.3], std=[0.2])
+    return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 @pytest.fixture

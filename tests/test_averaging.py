@@ -74,7 +74,7 @@ def test_without_settings_nothing_is_swapped():
 def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(average, blobs, tmp_path, monkeypatch):
     def network():
         torch.manual_seed(0)
-        return build_model("rn18", 3, channels=1, width=4, mean=[0.3], std=[0.2])
+        return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
     monkeypatch.setattr(_Trainer, "_best", lambda _self, metrics: metrics[-1]["epoch"])
     recipe = replace(RECIPE, average=average)

@@ -34,7 +34,7 @@ def _small(monkeypatch):
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoint") / "net.safetensors"
-    save_checkpoint(path, build_model("rn18", 10, channels=1, width=4))
+    save_checkpoint(path, build_model("rn18", 10, channels=1, width=8))
     return str(path)
 
 
@@ -60,7 +60,7 @@ def test_help_of_every_command(capsys):
 
 def test_train_finetune_status_and_evaluate(tmp_path, capsys):
     base, tuned = str(tmp_path / "base"), str(tmp_path / "tuned")
-    train = ["train", "pgd-at", "--model", "rn18,width=4", *DATA, "--out", base, "--epochs", "1", *TINY]
+    train = ["train", "pgd-at", "--model", "rn18,width=8", *DATA, "--out", base, "--epochs", "1", *TINY]
     assert main(train) == 0
     assert "Best epoch 1" in capsys.readouterr().out
     assert main(["finetune", "clat", "--from", base, *DATA, "--out", tuned, "--epochs=1", *TINY, "--critical.k=2"]) == 0
@@ -97,7 +97,7 @@ def test_layers_prints_a_ranking_and_writes_it(checkpoint, tmp_path, capsys):
     assert ranked == sorted(ranked, reverse=True)
     assert all(row["name"] in printed for row in rows)
     assert {row["note"] for row in rows[17:]} == {"shortcut", "head"}
-    assert main(["layers", "rn18,width=4", *DATA, "--batch", "10", "--json", "-"]) == 0
+    assert main(["layers", "rn18,width=8", *DATA, "--batch", "10", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 10
 
 
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_was_cut_off_is_refused(checkpoint, tmp_path, capsys):
 
 
 def test_a_checkpoint_with_nan_weights_is_told(tmp_path, capsys):
-    model = build_model("rn18", 10, channels=1, width=4)
+    model = build_model("rn18", 10, channels=1, width=8)
     model.network.layer3[0].conv2.weight.data[0] = float("nan")
     save_checkpoint(tmp_path / "nan.safetensors", model)
     assert main(["layers", str(tmp_path / "nan.safetensors"), *DATA, "--batch", "5"]) == 2
@@ -215,7 +215,7 @@ def test_a_checkpoint_with_nan_weights_is_told(tmp_path, capsys):
 
 def test_an_irregular_run_is_told(tmp_path, capsys):
     base = str(tmp_path / "base")
-    assert main(["train", "pgd-at", "--model", "rn18,width=4", *DATA, "--out", base, "--epochs", "1", *TINY]) == 0
+    assert main(["train", "pgd-at", "--model", "rn18,width=8", *DATA, "--out", base, "--epochs", "1", *TINY]) == 0
     entry = json.loads((tmp_path / "base/selections.jsonl").read_text())
     entry["layers"] = entry["layers"][1:]
     (tmp_path / "base/selections.jsonl").write_text(json.dumps(entry) + "\n")
@@ -227,7 +227,7 @@ def test_an_irregular_run_is_told(tmp_path, capsys):
 
 def test_the_holdout_warning(tmp_path, capsys):
     base = str(tmp_path / "base")
-    assert main(["train", "pgd-at", "--model", "rn18,width=4", *DATA, "--out", base, "--epochs", "1", *TINY]) == 0
+    assert main(["train", "pgd-at", "--model", "rn18,width=8", *DATA, "--out", base, "--epochs", "1", *TINY]) == 0
     other = [*TINY, "--holdout_seed", "5"]
     assert main(["finetune", "clat", "--from", base, *DATA, "--out", str(tmp_path / "t"), "--epochs", "1", *other]) == 0
     assert "has seen the validation images" in " ".join(capsys.readouterr().out.split())

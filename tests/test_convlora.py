@@ -29,7 +29,7 @@ RECIPE = Recipe(
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return build_model("rn18", 3, channels=1, width=4, mean=[0.3], std=[0.2])
+    return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 class Many(nn.Module):

@@ -29,7 +29,7 @@ BASE = Recipe(
 
 def network(classes: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    return build_model("rn18", classes, channels=1, width=4, mean=[0.3], std=[0.2])
+    return build_model("rn18", classes, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 @pytest.fixture

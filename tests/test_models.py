@@ -33,14 +33,14 @@ CONVOLUTIONS = {  # same source: all convolutions, and the projection shortcuts 
     "wrn34-10": (34, 3), "wrn70-16": (70, 3), "rawrn70-16": (146 + 142, 3),
 }  # fmt: skip
 TINY = {
-    "rn18": {"width": 4},
+    "rn18": {"width": 8},
     "rn50": {"width": 2},
     "dn121": {"growth": 4, "blocks": (2, 2, 3, 1)},
     "vgg19": {"width": 2, "hidden": 8},
-    "preactrn18": {"width": 4},
+    "preactrn18": {"width": 8},
     "wrn34-10": {"depth": 10, "width": 1},
     "wrn70-16": {"depth": 16, "width": 1, "padding": "asymmetric", "activation": "silu"},
-    "rawrn70-16": {"blocks": (2, 1, 1), "widths": (8, 12, 16), "stem": 4},
+    "rawrn70-16": {"blocks": (2, 1, 1), "widths": (8, 12, 16), "stem": 8},
 }
 
 
@@ -90,8 +90,8 @@ def test_any_size_of_network_channels_and_images(name, channels, edge):
 
 def test_the_two_shortcuts_of_preactrn18_share_weights_but_not_outputs():
     torch.manual_seed(0)
-    activated = build_model("preactrn18", 10, width=4)
-    raw = build_model("preactrn18", 10, width=4, shortcut_input="raw")
+    activated = build_model("preactrn18", 10, width=8)
+    raw = build_model("preactrn18", 10, width=8, shortcut_input="raw")
     raw.load_state_dict(activated.state_dict())
     x = torch.rand(2, 3, 32, 32)
     assert not torch.allclose(activated.eval()(x), raw.eval()(x))
@@ -115,11 +115,11 @@ def test_the_stem_of_dn121_keeps_size_and_values():
     torch.testing.assert_close(model.network.features[:4](x), model.network.features.conv0(x))
 
 
-BASES = {"accurate": {"name": "rn18", "width": 4}, "robust": {"name": "wrn34-10", "depth": 10, "width": 1}}
+BASES = {"accurate": {"name": "rn18", "width": 8}, "robust": {"name": "wrn34-10", "depth": 10, "width": 1}}
 
 
 def test_the_mixed_classifier_blends_probabilities():
-    accurate = build_model("rn18", 5, width=4, mean=[0.4] * 3, std=[0.2] * 3).eval()
+    accurate = build_model("rn18", 5, width=8, mean=[0.4] * 3, std=[0.2] * 3).eval()
     robust = build_model("wrn34-10", 5, depth=10, width=1).eval()
     x = torch.rand(3, 3, 32, 32)
     model = mix(accurate, robust, alpha=0.3, temperature=[2.0, 1.5]).eval()
@@ -132,7 +132,7 @@ def test_the_mixed_classifier_blends_probabilities():
 @pytest.mark.parametrize("name", [name for name in TINY if name != "wrn70-16"])
 def test_a_learned_share_reads_two_maps_of_every_network(name):
     bases = {"accurate": {"name": name, **TINY[name]}, "robust": BASES["robust"]}
-    model = build_model("mixed", 5, alpha="learned", width=4, interval=[0.2, 0.9], **bases)
+    model = build_model("mixed", 5, alpha="learned", width=8, interval=[0.2, 0.9], **bases)
     x = torch.rand(4, 3, 32, 32)
     shares = []
     model.network.mixing.register_forward_hook(lambda _module, _inputs, output: shares.append(output))
@@ -146,7 +146,7 @@ def test_a_learned_share_reads_two_maps_of_every_network(name):
 
 @pytest.mark.parametrize("alpha", [0.5, "learned"])
 def test_layers_of_a_mixed_classifier_run_one_network_after_the_other(alpha, tmp_path):
-    model = build_model("mixed", 5, alpha=alpha, width=4, **BASES)
+    model = build_model("mixed", 5, alpha=alpha, width=8, **BASES)
     parts = [call.name.split(".")[1] for call in trace(model, torch.rand(1, 3, 32, 32))]
     assert list(dict.fromkeys(parts)) == ["accurate", "robust", "mixing"][: 3 if alpha == "learned" else 2]
     save_checkpoint(tmp_path / "mixed.safetensors", model)
@@ -159,7 +159,7 @@ def test_layers_of_a_mixed_classifier_run_one_network_after_the_other(alpha, tmp
     [
         *TINY.items(),
         ("mixed", BASES),
-        ("mixed", {**BASES, "alpha": "learned", "width": 4}),
+        ("mixed", {**BASES, "alpha": "learned", "width": 8}),
     ],
 )
 def test_a_clat_step_moves_critical_layers_alone(name, options):
@@ -175,17 +175,17 @@ def test_a_clat_step_moves_critical_layers_alone(name, options):
 
 def test_only_networks_of_the_same_classes_are_mixed():
     with pytest.raises(InputError, match="3 and 4 classes"):
-        mix(build_model("rn18", 3, width=4), build_model("rn18", 4, width=4))
+        mix(build_model("rn18", 3, width=8), build_model("rn18", 4, width=8))
 
 
 def test_normalisation_happens_inside():
-    model = build_model("rn18", 3, channels=1, width=4, mean=[0.5], std=[0.25]).eval()
+    model = build_model("rn18", 3, channels=1, width=8, mean=[0.5], std=[0.25]).eval()
     x = torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(model(x), model.network((x - 0.5) / 0.25))
 
 
 def test_images_with_another_number_of_channels_are_refused():
-    model = build_model("rn18", 3, channels=3, width=4)
+    model = build_model("rn18", 3, channels=3, width=8)
     with pytest.raises(InputError, match="3 channels; these have 1"):
         model(torch.rand(2, 1, 8, 8))
 

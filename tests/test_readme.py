@@ -36,7 +36,7 @@ def hub(tmp_path, monkeypatch):
         table.to_parquet(tmp_path / "hub" / f"{split}.parquet")
     monkeypatch.setattr(cli, "load_data", lambda source, split, **keys: real(str(tmp_path / "hub"), split, **keys))
     monkeypatch.chdir(tmp_path)
-    torch.save(build_model("rn18", 10, width=4).network.state_dict(), "downloaded.pt")
+    torch.save(build_model("rn18", 10, width=8).network.state_dict(), "downloaded.pt")
 
 
 @pytest.mark.usefixtures("hub")
@@ -45,7 +45,7 @@ def test_the_commands_run_in_order(capsys):
     assert len(lines) == 6
     for line in lines:
         _, command, *rest = shlex.split(line, comments=True)
-        rest = ["rn18,width=4" if word == "rn18" else word for word in rest]
+        rest = ["rn18,width=8" if word == "rn18" else word for word in rest]
         assert main([command, *rest, *SMALL.get(command, "").split()]) == 0, capsys.readouterr().err
 
 

@@ -28,7 +28,7 @@ RECIPE = Recipe(
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return build_model("rn18", 3, channels=1, width=4, mean=[0.3], std=[0.2])
+    return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 class Two(nn.Module):
@@ -151,7 +151,7 @@ def test_a_killed_run_ends_bit_identical(moment, blobs, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, network(), blobs, out=tmp_path / "killed")
     monkeypatch.setattr(os, "replace", real)
-    other = build_model("rn18", 3, channels=1, width=4, mean=[0.3], std=[0.2])
+    other = build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
     with pytest.raises(InputError, match="began with other weights"):
         train(RECIPE, other, blobs, out=tmp_path / "killed", resume=True)
     killed = train(RECIPE, network(), blobs, out=tmp_path / "killed", resume=True)

@@ -26,16 +26,23 @@ from clat.train import _Trainer, train
 from clat.tuners import Critical
 
 BASE = Recipe(
-    epochs=2, batch_size=32, lr=0.05, holdout=60, threat=Threat(eps=0.1, step=0.05, steps=2), validation_steps=2
+    epochs=2, batch_size=32, lr=0.02, holdout=60, threat=Threat(eps=0.1, step=0.05, steps=2), validation_steps=2
 )
 CLAT = replace(
-    BASE, objective="clat", tuner="critical", epochs=4, health=False, clat=Clat(weight=0.1), critical=Critical(every=2)
+    BASE,
+    objective="clat",
+    tuner="critical",
+    epochs=4,
+    lr=0.05,
+    health=False,
+    clat=Clat(weight=0.1),
+    critical=Critical(every=2),
 )
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return build_model("rn18", 3, channels=1, width=4, mean=[0.3], std=[0.2])
+    return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 def tensors(path):
@@ -55,7 +62,7 @@ def finished(tmp_path_factory):
     for i, label in enumerate(labels):
         pixels[i, :, 4 * label : 4 * label + 3] += 150
     data = Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train")
-    base = train(replace(BASE, epochs=8), network(), data, out=tmp_path_factory.mktemp("runs") / "base")
+    base = train(replace(BASE, epochs=8, augment=False), network(), data, out=tmp_path_factory.mktemp("runs") / "base")
     model, _ = load_checkpoint(base.last)
     return train(CLAT, model, data, out=base.folder.parent / "clat", origin=str(base.last)), base, data
 
@@ -122,9 +129,11 @@ from clat.data import Dataset
 from clat.train import train
 pixels, labels = torch.load({data!r}, weights_only=True)
 data = Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train")
-recipe = replace(BASE, epochs=6) if {name!r} == "whole" else replace(
+recipe = replace(BASE, epochs=6, health=False) if {name!r} == "whole" else replace(
     CLAT, epochs=6, critical=Critical(k=2, every=2, momentum="keep", norm_statistics="selected"))
+print("started", flush=True)
 train(recipe, network(), data, out={out!r}, resume=True)
+print("finished", flush=True)
 """
 
 
@@ -136,21 +145,23 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(name, blobs, tmp_path
         script = SCRIPT.format(
             tests=os.path.dirname(__file__), data=str(tmp_path / "data.pt"), out=str(tmp_path / out), name=name
         )
-        return subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "started\n"
+        return process
 
-    assert start("whole").wait() == 0
+    with start("whole") as process:
+        began = time.monotonic()
+        assert process.stdout.readline() == "finished\n"
+        seconds = time.monotonic() - began
     kills, moments = 0, random.Random(0)
     for _ in range(8):
-        process = start("killed")
-        deadline = time.monotonic() + moments.uniform(2, 7)  # start-up alone takes about 4 seconds
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert process.returncode == 0 or start("killed").wait() == 0
+        with start("killed") as process:
+            time.sleep(moments.uniform(0, 0.4) * seconds)
+            process.kill()
+        kills += process.returncode == -signal.SIGKILL
+    with start("killed") as process:
+        assert process.stdout.readline() == "finished\n"
     assert kills > 0
     assert equal(tensors(tmp_path / "whole/last.safetensors"), tensors(tmp_path / "killed/last.safetensors"))
     assert equal(tensors(tmp_path / "whole/best.safetensors"), tensors(tmp_path / "killed/best.safetensors"))

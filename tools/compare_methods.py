@@ -1,10 +1,11 @@
 """Every objective and tuner at a small scale, then CLAT on top of each; writes results/methods.json and its table.
 
-    python tools/compare_methods.py DATA RUNS      e.g. python tools/compare_methods.py uoft-cs/cifar10 runs/methods
+    python tools/compare_methods.py DATA RUNS [METHOD ...]     e.g. ... uoft-cs/cifar10 runs/methods pgd-at trades
 
 Each method trains a ResNet-18 of width 16 for 3 epochs on 5,000 images (--scale small; the fine-tuning ones start from
-pgd-at), then `clat` fine-tunes its last checkpoint for 2. What is done is not done again. This shows that each method
-runs and learns, not how good it is: no method is tuned for so short a run.
+pgd-at), then `clat` fine-tunes its last checkpoint for 2. What is done is not done again, so that the methods can be
+shared out among processes. This shows that each method runs and learns, not how good it is: no method is tuned for so
+short a run.
 """
 
 import json
@@ -21,23 +22,27 @@ from clat.runs import Run
 BASE = "pgd-at"
 FROM_SCRATCH = (BASE, "clean", "trades", "mart", "score", "awp", "fast-at", "free-at", "grad-align")
 FINE_TUNED = ("rift", "convlora", "clat", "clat-paper", "clat-fast")  # from BASE
-EXTRA = {"free-at": ["--epochs", "1"]}  # 8 replays of each batch
+ON_TOP = {name: f"{name}+clat" for name in (*FROM_SCRATCH, "rift", "convlora")}
+EXTRA = {
+    "free-at": ["--epochs", "1"],  # 8 replays of each batch
+    "rift": ["--rift.batch", "500"],  # of 10,000, which take ten passes for each layer
+}
+TEST_IMAGES = 1000
 TARGET = Path(__file__).parents[1] / "results/methods.json"
 
 
-def main(source: str, runs: Path) -> None:
-    for name in (*FROM_SCRATCH, *FINE_TUNED):
+def main(source: str, runs: Path, methods: list[str]) -> None:
+    test = load_data(source, "test")
+    for name in methods or (*FROM_SCRATCH, *FINE_TUNED):
         start = ["--model", "rn18,width=16"] if name in FROM_SCRATCH else ["--from", _last(runs / BASE)]
         command = "train" if name in FROM_SCRATCH else "finetune"
         _run(command, name, start, source, runs / name, EXTRA.get(name, []))
-        on_top = ["--from", _last(runs / name)]
-        _run("finetune", "clat", on_top, source, runs / f"{name}+clat", ["--epochs", "2"])
-    test = load_data(source, "test")
-    rows = []
-    for name in (*FROM_SCRATCH, *FINE_TUNED):
-        for run in (Run(runs / name), Run(runs / f"{name}+clat")):
-            rows.append(_row(run, test))
-            report(Run(runs / BASE), rows)
+        _measure(Run(runs / name), test)
+        if name in ON_TOP:
+            on_top = ["--from", _last(runs / name)]
+            _run("finetune", "clat", on_top, source, runs / ON_TOP[name], ["--epochs", "2"])
+            _measure(Run(runs / ON_TOP[name]), test)
+        report(runs)
 
 
 def _run(command: str, recipe: str, start: list[str], source: str, out: Path, more: list[str]) -> None:
@@ -49,18 +54,23 @@ def _last(folder: Path) -> str:
     return str(folder / "last.safetensors")
 
 
-def _row(run: Run, test: Any) -> dict[str, Any]:
-    """Test accuracies of the last checkpoint, kept beside the run so that a restart need not measure again."""
-    kept = run.folder.with_suffix(".test.json")
-    if not kept.is_file():
+def _accuracies(run: Run) -> Path:
+    return run.folder.with_suffix(".test.json")
+
+
+def _measure(run: Run, test: Any) -> None:
+    """Test accuracies of the last checkpoint, kept beside the run."""
+    if not _accuracies(run).is_file():
         model, _ = load_checkpoint(run.last)
-        result = evaluate(model, test, pgd("8/255", 20))
-        kept.write_text(json.dumps({"clean": result.clean.correct, "robust": result.robust.correct, "n": len(test)}))
-    counts = json.loads(kept.read_text())
-    metrics = run.metrics
+        found = evaluate(model, test, pgd("8/255", 20), limit=TEST_IMAGES)
+        _accuracies(run).write_text(json.dumps({"clean": found.clean.correct, "robust": found.robust.correct}))
+
+
+def _row(run: Run) -> dict[str, Any]:
+    counts, metrics = json.loads(_accuracies(run).read_text()), run.metrics
     return {
         "method": run.folder.name,
-        **{key: Accuracy(counts[key], counts["n"]).to_json() for key in ("clean", "robust")},
+        **{key: Accuracy(counts[key], TEST_IMAGES).to_json() for key in ("clean", "robust")},
         "seconds_per_epoch": round(sum(entry["seconds"] for entry in metrics) / len(metrics), 1),
         "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in metrics),
         "trainable": run.result["trainable"],
@@ -69,11 +79,16 @@ def _row(run: Run, test: Any) -> dict[str, Any]:
     }
 
 
-def report(base: Run, rows: list[dict[str, Any]]) -> None:
+def report(runs: Path) -> None:
+    """Writes the rows of all that is done so far."""
+    names = [name for method in (*FROM_SCRATCH, *FINE_TUNED) for name in (method, ON_TOP.get(method)) if name]
+    rows = [_row(run) for run in map(Run, (runs / name for name in names)) if _accuracies(run).is_file()]
+    base = Run(runs / BASE)
     about = {key: base.environment[key] for key in ("packages", "processor", "cores", "threads", "parameters", "data")}
-    about["attack"] = "PGD-20, linf, eps 8/255, fp32"
+    about["precision"] = base.recipe["precision"]
+    about["attack"] = f"PGD-20, linf, eps 8/255, fp32, on {TEST_IMAGES} test images drawn at random, seed 0"
     TARGET.write_text(json.dumps({"about": about, "seeds": 1, "rows": rows}, indent=1) + "\n")
-    print("\n".join(markdown(rows)))
+    print("\n".join(markdown(rows)), flush=True)
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
@@ -91,4 +106,4 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -51,7 +51,8 @@ class Recipe:
         decay: which of them: all, no_norm (not the scale and shift of normalisations) or kernels (only tensors of more
             than one dimension)
         clip: largest norm of the gradient; none if not given
-        precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation
+        precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation; auto is bf16 where the
+            device computes in it natively, elsewhere fp32
         augment: crop (4 pixels of padding) and flip each training image at random
         images: train on this many images, drawn by holdout_seed; all that are not held out if not given
         holdout: training images held out for validation, the only thing that checkpoints are chosen on
@@ -91,7 +92,7 @@ class Recipe:
     weight_decay: float = 5e-4
     decay: Literal["all", "no_norm", "kernels"] = "all"
     clip: float | None = None
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     augment: bool = True
     images: int | None = None
     holdout: int = 1000

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from clat.averaging import Averaged
 from clat.checkpoint import load_tensors, load_weights, save_checkpoint, save_tensors
 from clat.data import Dataset, augment, to_unit
 from clat.errors import InputError
-from clat.evaluate import autocast, best_device, check_fits, evaluate, seeded
+from clat.evaluate import autocast, best_device, check_fits, evaluate, native_precision, seeded
 from clat.health import check_attack, check_finite, check_learning
 from clat.integrity import State, fingerprint, snapshot, tensors, verify
 from clat.objectives import Objective
@@ -62,6 +62,9 @@ def train(
     run = Run(Path(out))
     resuming = run.claim(resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()  # every process decides before the first one writes
+    if recipe.precision == "auto":
+        chosen = run.recipe["precision"] if resuming else native_precision(accelerator.device)
+        recipe = replace(recipe, precision=chosen)
     if resuming:
         _check_same_run(run, recipe, data)
     model.to(accelerator.device)

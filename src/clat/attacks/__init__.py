@@ -1,0 +1,66 @@
+"""Evaluation attacks, and the tiers that group them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from clat.attacks.attack import Attack
+from clat.attacks.auto import apgd_ce, apgd_targeted, autoattack, fab_targeted, square
+from clat.attacks.pgd import pgd, pgd_attack, restarts
+from clat.errors import InputError
+
+Norm = Literal["linf", "l2"]
+TierName = Literal["quick", "standard", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """A set of attacks and the number of images they are run on; None is all."""
+
+    attacks: Sequence[Attack]
+    images: int | None
+
+
+def tier(
+    name: TierName,
+    eps: float | str,
+    classes: int,
+    norm: Norm = "linf",
+    *,
+    steps: int = 20,
+    starts: int = 5,
+    seed: int = 0,
+) -> Tier:
+    """The attacks of a tier, for a network with this many classes.
+
+    quick: PGD with random restarts on 512 images. standard: APGD-CE and targeted APGD on 1,000. full: AutoAttack's
+    standard version (APGD-CE, targeted APGD, targeted FAB, Square) on all.
+
+    Args:
+        steps, starts: of the quick tier's PGD
+    """
+    if name == "quick":
+        return Tier(attacks=restarts(pgd(eps, steps, norm), starts, seed), images=512)
+    if name == "standard":
+        both = (apgd_ce(eps, norm, seed=seed), apgd_targeted(eps, classes, norm, seed=seed))
+        return Tier(attacks=both, images=1000)
+    if name == "full":
+        return Tier(attacks=autoattack(eps, classes, norm, seed=seed), images=None)
+    raise InputError(f"There is no tier {name!r}; choose quick, standard or full.")
+
+
+__all__ = [
+    "Attack",
+    "Norm",
+    "Tier",
+    "TierName",
+    "apgd_ce",
+    "apgd_targeted",
+    "autoattack",
+    "fab_targeted",
+    "pgd",
+    "pgd_attack",
+    "restarts",
+    "square",
+    "tier",
+]
