@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from clat.attacks import pgd
 from clat.data import Dataset
 from clat.errors import InputError
-from clat.evaluate import Accuracy, evaluate, pgd
+from clat.evaluate import Accuracy, evaluate
 from clat.integrity import same_bits, snapshot
 
 

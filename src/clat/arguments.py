@@ -20,7 +20,8 @@ USAGE = {
     "train": "RECIPE --model MODEL --data DATA --out RUN [--scale small] [--resume] [--overwrite] [--key value ...]",
     "finetune": "RECIPE --from CHECKPOINT_OR_RUN --data DATA --out RUN [--scale small] [--resume] [--overwrite] "
     "[--key value ...]",
-    "evaluate": "CHECKPOINT_OR_RUN --data DATA [--eps 8/255] [--steps 20] [--limit N] [--json FILE] [--key value ...]",
+    "evaluate": "CHECKPOINT_OR_RUN --data DATA [--tier quick|standard|full] [--eps 8/255] [--limit N] [--repeats N] "
+    "[--json FILE] [--key value ...]",
     "status": "RUN [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
 }

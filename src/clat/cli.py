@@ -3,11 +3,13 @@
 import json as json_module
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import rich.progress
 import torch
 from jsonargparse import ArgumentError
 from rich.console import Console
@@ -15,11 +17,13 @@ from torch import nn
 
 from clat import demo as demonstration
 from clat.arguments import Command, named, parse
+from clat.attacks import TierName, pgd
+from clat.attacks import tier as make_tier
 from clat.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, write_text
 from clat.criticality import Norm, attack_output, criticality
 from clat.data import EMBEDDED, Dataset, load_data, to_unit
 from clat.errors import InputError
-from clat.evaluate import best_device, check_fits, pgd
+from clat.evaluate import Progress, best_device, check_fits, drawn, pass_seconds, worst_case
 from clat.evaluate import evaluate as evaluate_model
 from clat.health import HealthError
 from clat.integrity import IntegrityError, status_since
@@ -28,10 +32,11 @@ from clat.models import build_model
 from clat.models.importing import import_weights
 from clat.recipe import Recipe
 from clat.runs import Run
-from clat.tables import attack_name, layer_table, ranking, status_table
+from clat.tables import attack_name, duration, evaluation_table, layer_table, plan, ranking, status_table
 from clat.threat import Threat, fraction
 from clat.train import train as train_model
 
+SEEDS_APART = 1000  # between repeats: more than any attack has random starts
 first_process = os.environ.get("RANK", "0") == "0"  # of those that accelerate launch or torchrun started
 console = Console(quiet=not first_process, width=None if sys.stdout.isatty() else 120)
 
@@ -153,40 +158,93 @@ def evaluate(
     network: str,
     *,
     data: str,
+    tier: TierName = "quick",
     split: str = "test",
     eps: float | str = "8/255",
-    steps: int = 20,
     attack_norm: Literal["linf", "l2"] = "linf",
+    steps: int = 20,
+    starts: int = 5,
     limit: int | None = None,
+    repeats: int = 1,
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
+    out: str | None = None,
     json: str | None = None,
 ) -> None:
-    """Measures clean accuracy and robust accuracy under PGD, with counts and 95 % Wilson intervals.
+    """Measures clean and robust accuracy under a tier of attacks, with counts and 95 % Wilson intervals.
+
+    An evaluation that was interrupted goes on where it stopped when the same command is given again.
 
     Args:
         network: a checkpoint, or a run folder (its best checkpoint)
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
+        tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000) or full (AutoAttack on all)
         split: split of the data
         eps: radius of the ball in pixels of [0, 1], e.g. 8/255
-        steps: PGD steps, each eps / 4 long, from a random start
         attack_norm: norm of the ball
-        limit: evaluate this many images, drawn at random by the seed
+        steps: PGD steps of the quick tier, each eps / 4 long
+        starts: random starts of the quick tier's PGD
+        limit: evaluate this many images, drawn at random by the seed, in place of the tier's number
+        repeats: evaluate so often, each time with other seeds, and name the lowest accuracy beside the worst case
         seed: draws the images and the attack's start
         precision: fp32, or bf16 autocast
+        out: folder that keeps the evaluation's record; default evaluations beside the checkpoint
         json: write the result to this file, or to standard output if it is -
     """
+    if repeats < 1:
+        raise InputError(f"repeats is {repeats}; evaluate at least once.")
     model, _ = load_checkpoint(network)
     dataset = _data(data, split)
-    threat = pgd(eps, steps, attack_norm)
-    result = evaluate_model(model, dataset, threat, limit=limit, seed=seed, device=best_device(), precision=precision)
+    device = best_device()
+    check_fits(model.to(device), dataset, device)
+    tiers = [
+        make_tier(
+            tier, eps, len(dataset.classes), attack_norm, steps=steps, starts=starts, seed=seed + repeat * SEEDS_APART
+        )
+        for repeat in range(repeats)
+    ]
+    limit = tiers[0].images if limit is None else limit
+    chosen = drawn(dataset, limit, seed)
+    path = checkpoint_path(network)
+    talk = console if json != "-" else Console(quiet=True)
+    passes = sum(attack.passes for each in tiers for attack in each.attacks)
+    most = passes * len(chosen) * pass_seconds(model, chosen, device=device)
+    ball = attack_name("", tiers[0].attacks[0].threat).strip()
+    talk.print(f"{network} on {len(chosen):,} of {len(dataset):,} images of {data} ({split}), {ball}, {precision}")
+    for line in plan(tiers[0].attacks):
+        talk.print(f"  {line}", highlight=False)
+    talk.print(f"  At most {duration(most)} here; images once broken are not attacked again.", style="dim")
+    results = []
+    for each in tiers:
+        with _showing(talk) as progress:
+            result = evaluate_model(
+                model,
+                dataset,
+                each.attacks,
+                limit=limit,
+                seed=seed,
+                device=device,
+                precision=precision,
+                record=Path(out) if out else path.parent / "evaluations",
+                progress=progress,
+            )
+        results.append(result)
+        talk.print(evaluation_table(result))
+    facts = {"network": str(path), "tier": tier, **results[0].to_json()}
+    if repeats > 1:
+        worst = worst_case(results)
+        lowest = min(results, key=lambda result: result.robust.correct).robust
+        facts["repeats"] = {
+            "runs": [result.to_json() for result in results],
+            "lowest": lowest.to_json(),
+            "worst_case": worst.to_json(),
+        }
+        talk.print(f"Lowest of {repeats} runs: {lowest}", highlight=False)
+        talk.print(f"Worst case of each image over all runs: {worst}", highlight=False)
     if json is not None:
-        _write_json(json, {"network": str(checkpoint_path(network)), **result.to_json()})
-    if json != "-":
-        console.print(f"{network} on {len(dataset) if limit is None else limit} images of {data} ({split})")
-        console.print(f"  clean   {result.clean}", highlight=False)
-        console.print(f"  robust  {result.robust}  {attack_name(result.attack, threat)}, {precision}", highlight=False)
-        console.print("  95 % Wilson intervals; PGD alone can overstate robustness.", style="dim")
+        _write_json(json, facts)
+    if tier == "quick":
+        talk.print("PGD alone can overstate robustness; --tier full runs AutoAttack.", style="dim")
 
 
 def status(run: str, json: str | None = None) -> None:
@@ -248,6 +306,27 @@ def import_(
 
 
 # What the commands share
+
+
+@contextmanager
+def _showing(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """A bar for the attack that is running, on a terminal."""
+    with rich.progress.Progress(
+        "{task.description}",
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("")
+
+        def show(now: Progress) -> None:
+            name = f"{now.name} ({now.number} of {now.attacks}), {now.broken} broken"
+            bar.update(task, description=name, completed=now.done, total=now.total)
+
+        yield show
 
 
 def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, resume: bool, overwrite: bool, origin: str) -> None:

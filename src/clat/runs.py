@@ -9,11 +9,13 @@ last.safetensors       the network after the last finished epoch: writing it com
 best.safetensors       the network after the epoch with the best validation accuracy
 optimizer-N.safetensors  the optimizer after epoch N, for --resume, with the network if ``last`` has it merged
 result.json            the summary, once the run is finished
+evaluations/           what clat evaluate found, a file an evaluation
 """
 
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,13 +121,15 @@ class Run:
     def clear(self) -> None:
         """Removes the files of an earlier run, recipe first, and no others."""
         for path in [self.folder / FILES[0], *(self.folder.iterdir() if self.folder.is_dir() else ())]:
-            if self._is_own(path):
+            if path.name == "evaluations":
+                shutil.rmtree(path)
+            elif self._is_own(path):
                 path.unlink(missing_ok=True)
 
     @staticmethod
     def _is_own(path: Path) -> bool:
         name = path.name.removesuffix(".partial").removeprefix(".") if path.name.endswith(".partial") else path.name
-        return name in FILES or (name.startswith("optimizer-") and name.endswith(".safetensors"))
+        return name in (*FILES, "evaluations") or (name.startswith("optimizer-") and name.endswith(".safetensors"))
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name

@@ -1,11 +1,14 @@
 """Tables for a terminal."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
+from clat.attacks import Attack
 from clat.criticality import LayerScore, ranked
+from clat.evaluate import Result
 from clat.integrity import LayerStatus
 from clat.runs import Run
 from clat.threat import Threat
@@ -16,6 +19,40 @@ def attack_name(name: str, threat: Threat) -> str:
     grey = threat.radius * 255
     eps = f"{round(grey)}/255" if abs(grey - round(grey)) < 1e-9 and threat.norm == "linf" else f"{threat.radius:g}"
     return f"{name} {threat.norm} eps {eps}"
+
+
+def duration(seconds: float) -> str:
+    """A time for a person, e.g. 40 s, 12 min or 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def plan(attacks: Sequence[Attack]) -> list[str]:
+    """What each attack of an evaluation will do, a line each; random starts of one attack share a line."""
+    starts: dict[str, list[Attack]] = {}
+    for attack in attacks:
+        starts.setdefault(attack.name.split(", start")[0], []).append(attack)
+    lines = []
+    for name, same in starts.items():
+        settings = {**same[0].settings, **({"starts": len(same)} if len(same) > 1 else {})}
+        words = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                          for key, value in settings.items())  # fmt: skip
+        lines.append(f"{name}: {words}{f' ({same[0].note})' if same[0].note else ''}")
+    return lines
+
+
+def evaluation_table(result: Result) -> Table:
+    """An evaluation for a terminal: what was left after each attack, with counts and 95 % Wilson intervals."""
+    table = Table(box=None, header_style="bold", title_justify="left")
+    for heading in ("", "accuracy", "broken", "time", ""):
+        table.add_column(heading, justify="right" if heading in ("broken", "time") else "left")
+    table.add_row("clean", str(result.clean), "", "", "")
+    for attack in result.attacks:
+        broken = f"{attack.broken} of {attack.attacked}"
+        table.add_row(attack.name, str(attack.robust), broken, duration(attack.seconds), attack.note)
+    table.add_row("robust", str(result.robust), style="bold")
+    return table
 
 
 def ranking(scores: list[LayerScore]) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ class Attack:
 
     Args:
         name: as it stands in tables, e.g. "APGD-CE"
-        perturb: (network, images (batch, channel, height, width), labels (batch,)) -> attacked images. The network is in
-            eval mode and its parameters ask for no gradient; ball and box are enforced on what comes back
+        perturb: (network, images (batch, channel, height, width), labels (batch,)) -> attacked images. The network is
+            in eval mode and its parameters ask for no gradient; ball and box are enforced on what comes back
         threat: the ball
         passes: forward-and-backward passes an image costs at most; a forward pass alone is a third of one
         seed: of the global generator at the start of each batch

@@ -19,7 +19,7 @@ TARGETS = 9  # of AutoAttack, which was made for ten classes
 RHO = 0.75
 
 
-class _MarginAPGD(APGDAttack_targeted):
+class _MarginAPGD(APGDAttack_targeted):  # type: ignore[misc]
     """Targeted APGD on the plain margin, for fewer than the four classes that the targeted DLR loss divides by."""
 
     def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def restarts(threat: Threat, starts: int = 1, seed: int = 0) -> tuple[Attack, ..
             threat=threat,
             passes=threat.steps + 1,
             seed=seed + start,
-            settings={"steps": threat.steps, "step": float(threat.step), "start": threat.start},
+            settings={"steps": threat.steps, "step": float(threat.step), "from": threat.start},
         )
         for start in range(starts)
     )

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from clat.attacks import pgd, pgd_attack
 from clat.criticality import attack_output
 from clat.errors import InputError
-from clat.evaluate import pgd, pgd_attack, predict
+from clat.evaluate import predict
 from clat.objectives.pgd_at import PgdAt
 from clat.threat import Images, Labels, Threat, check_one_step
 
