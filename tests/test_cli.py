@@ -119,6 +119,29 @@ def test_a_scale_lies_over_the_recipe_and_under_the_flags(scale):
     assert (recipe.objective, recipe.epochs, recipe.images, recipe.schedule) == ("trades", 3, 77, "cosine")
 
 
+@pytest.mark.parametrize("method", ["pgd-at", "trades", "mart", "score", "awp"])
+def test_a_protocol_lies_over_the_recipe_and_under_the_scale(method):
+    def parsed(*flags):
+        return parse(["train", method, "--model", "rn18", *DATA, "--out", "x", *flags])[1]["recipe"]
+
+    clat, rift = parsed("--protocol", "clat"), parsed("--scale", "small", "--protocol=rift", "--seed", "5")
+    assert (clat.threat.radius, clat.threat.step, clat.epochs, clat.schedule) == (0.03, 0.007, 50, "cosine")
+    assert (rift.threat.radius, rift.threat.mode, rift.epochs, rift.schedule) == (8 / 255, "eval", 3, "cosine")
+    assert (rift.weight_decay, rift.seed) == (5e-4, 5)
+    assert clat.objective == rift.objective == parsed().objective
+    assert parsed("--protocol", "rift").milestones == (101, 106)
+
+
+def test_every_overlay_is_offered():
+    from clat.arguments import OVERLAYS
+    from clat.recipe import recipe_path
+
+    recipes = recipe_path("clat").parent
+    assert {path.relative_to(recipes).with_suffix("").as_posix() for path in recipes.glob("*/*.yaml")} == {
+        f"{kind}/{name}" for kind, names in OVERLAYS.items() for name in names
+    }
+
+
 def test_the_recipe_is_the_same_by_name_and_by_path():
 
     rest = ["--model", "rn18", *DATA, "--out", "x", "--threat.eps", "8/255"]

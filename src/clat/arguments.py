@@ -17,7 +17,8 @@ Command = Callable[..., None]
 USAGE = {
     "demo": "[--out DIR] [--resume] [--overwrite]",
     "layers": "MODEL_OR_CHECKPOINT --data DATA [--batch 100] [--json FILE] [--key value ...]",
-    "train": "RECIPE --model MODEL --data DATA --out RUN [--scale small] [--resume] [--overwrite] [--key value ...]",
+    "train": "RECIPE --model MODEL --data DATA --out RUN [--protocol NAME] [--scale small] [--resume] "
+    "[--overwrite] [--key value ...]",
     "finetune": "RECIPE --from CHECKPOINT_OR_RUN --data DATA --out RUN [--scale small] [--resume] [--overwrite] "
     "[--key value ...]",
     "evaluate": "CHECKPOINT_OR_RUN --data DATA [--tier quick|standard|full] [--eps 8/255] [--limit N] [--repeats N] "
@@ -26,6 +27,7 @@ USAGE = {
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
 }
 RECIPE_COMMANDS = ("train", "finetune")
+OVERLAYS = {"protocol": ("clat", "rift"), "scale": ("small",)}  # folders in recipes, and what is in them
 
 
 def parse(arguments: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, dict[str, Any]]:
@@ -46,7 +48,8 @@ def parse(arguments: Sequence[str], commands: Mapping[str, Command]) -> tuple[st
     parsed = parser.parse_args(_recipe_as_config(list(arguments)))
     values = parser.instantiate(parsed)[parsed.command].as_dict()
     if parsed.command in RECIPE_COMMANDS:
-        values.pop("config"), values.pop("scale")
+        for key in ("config", *OVERLAYS):
+            values.pop(key)
         values["recipe"] = Recipe(**{key: values.pop(key) for key in Recipe.__dataclass_fields__})
     if "from" in values:
         values["origin"] = values.pop("from")
@@ -71,22 +74,27 @@ def _subparser(name: str, function: Command) -> ArgumentParser:
     parser.add_function_arguments(function, as_group=False, skip=added)
     if "recipe" in parameters:
         parser.add_argument("--config", action=ActionConfigFile, help="the recipe, the same as RECIPE")
-        parser.add_argument("--scale", choices=["small"], help="lay recipes/scale/NAME.yaml over the recipe")
+        for kind, names in OVERLAYS.items():
+            parser.add_argument(f"--{kind}", choices=names, help=f"lay recipes/{kind}/NAME.yaml over the recipe")
         parser.add_class_arguments(Recipe)
     return parser
 
 
-def _scale(arguments: list[str]) -> list[str]:
-    """``--scale NAME`` as the recipe of that name in recipes/scale, laid over the one named first."""
-    for place, argument in enumerate(arguments):
-        flag, _, name = argument.partition("=")
-        if flag == "--scale":
-            rest = arguments[place + 1 :]
-            if not name and not rest:
-                raise InputError("Name a scale: --scale small.")
-            name, rest = (name, rest) if name else (rest[0], rest[1:])
-            return ["--config", str(recipe_path(f"scale/{name}")), *arguments[:place], *rest]
-    return arguments
+def _overlays(arguments: list[str]) -> list[str]:
+    """``--protocol NAME`` and ``--scale NAME`` as recipes laid over the one named first, in this order."""
+    laid: list[str] = []
+    for kind in OVERLAYS:
+        for place, argument in enumerate(arguments):
+            flag, _, name = argument.partition("=")
+            if flag == f"--{kind}":
+                rest = arguments[place + 1 :]
+                if not name and not rest:
+                    raise InputError(f"Name a {kind}, for example --{kind} {OVERLAYS[kind][0]}.")
+                name, rest = (name, rest) if name else (rest[0], rest[1:])
+                laid += ["--config", str(recipe_path(f"{kind}/{name}"))]
+                arguments = [*arguments[:place], *rest]
+                break
+    return [*laid, *arguments]
 
 
 def _summary(function: Command) -> str:
@@ -108,7 +116,7 @@ def _recipe_as_config(arguments: list[str]) -> list[str]:
             raise InputError(f"The recipe {path} is not readable YAML: {error}.") from error
         if not isinstance(content, dict):
             raise InputError(f"The recipe {path} must hold keys and values, as recipes/clat.yaml does.")
-        return [spelled[0], "--config", str(path), *_scale(spelled[2:])]
+        return [spelled[0], "--config", str(path), *_overlays(spelled[2:])]
     if spelled[:1] and spelled[0] in RECIPE_COMMANDS and not {"--help", "-h", "--config"} & set(spelled):
         raise InputError(f"Name a recipe first: clat {spelled[0]} RECIPE ..., for example clat {spelled[0]} pgd-at.")
     return spelled
