@@ -80,8 +80,16 @@ def test_train_finetune_status_and_evaluate(tmp_path, capsys):
     assert main(["evaluate", tuned, *DATA, "--limit", "50", "--steps", "2", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["clean"]["n"] == result["robust"]["n"] == 50
-    assert result["threat"]["eps"] == pytest.approx(8 / 255)
+    assert result["eps"] == pytest.approx(8 / 255)
+    assert len(result["attacks"]) == 5
+    assert result["outcomes"].count(0) == result["robust"]["correct"]
     assert f"({result['robust']['correct']}/50)" in capsys.readouterr().out
+    repeated = ["evaluate", tuned, *DATA, "--limit", "50", "--steps", "2", "--starts", "1", "--repeats", "3"]
+    assert main([*repeated, "--json", "-"]) == 0
+    runs = json.loads(capsys.readouterr().out)["repeats"]
+    counts = [run["robust"]["correct"] for run in runs["runs"]]
+    assert runs["lowest"]["correct"] == min(counts) >= runs["worst_case"]["correct"]
+    assert [run["attacks"][0]["seed"] for run in runs["runs"]] == [0, 1000, 2000]
 
     assert main([*train, "--resume"]) == 0
     assert main(train) == 2
