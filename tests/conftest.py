@@ -1,10 +1,17 @@
 """Small networks and data that every test file shares."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from clat.checkpoint import load_tensors
 from clat.data import Dataset
+from clat.integrity import same_bits
 from clat.models import Normalized, build_model
 
 torch.set_num_threads(1)
@@ -25,6 +32,30 @@ class Plain(nn.Module):
         x = torch.relu(self.first_norm(self.first(x)))
         x = nn.functional.relu(self.second_norm(self.second(x)))
         return self.last(x.mean((2, 3)))
+
+
+@contextmanager
+def dies_before(name: str, time: int = 1) -> Iterator[None]:
+    """What runs inside dies just before a file whose name starts so is renamed into place for that time."""
+    real, seen = os.replace, []
+
+    def dying(source, target):
+        if os.path.basename(target).startswith(name):
+            seen.append(target)
+            if len(seen) == time:
+                raise KeyboardInterrupt
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    """Two checkpoints hold the same names and bits."""
+    a, b = load_tensors(first)[0], load_tensors(second)[0]
+    return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Averaged weights against the sums written out, and a run that validates and keeps them."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,7 @@ from clat.models import build_model
 from clat.recipe import Recipe
 from clat.threat import Threat
 from clat.train import _Trainer, train
-from conftest import Plain
+from conftest import Plain, dies_before
 
 RECIPE = Recipe(
     epochs=3, batch_size=60, lr=0.05, holdout=60, validation_steps=2, health=False, augment=False, precision="fp32",
@@ -89,17 +88,8 @@ def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(avera
     threat = replace(recipe.threat, steps=2)
     assert evaluate(model, held_out, threat, seed=0).clean.value == run.result["best"]["clean"]
 
-    real = os.replace
-
-    def dying(source, target):
-        if str(target).endswith("last.safetensors") and (tmp_path / "killed/last.safetensors").exists():
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before("last", time=2):
         train(recipe, network(), blobs, out=tmp_path / "killed")
-    monkeypatch.setattr(os, "replace", real)
     killed = train(recipe, network(), blobs, out=tmp_path / "killed", resume=True)
     assert all(same_bits(tensor, best[name]) for name, tensor in load_tensors(killed.best)[0].items())
 

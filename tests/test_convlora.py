@@ -1,6 +1,5 @@
 """ConvLoRA: shapes and counts, equality before training and after merging, and runs that resume bit-identical."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -19,6 +18,7 @@ from clat.threat import Threat
 from clat.train import train
 from clat.tuners import ConvLora
 from clat.tuners.convlora import adapted_layers, merge, merged_state
+from conftest import dies_before, same_tensors
 
 THREAT = Threat(eps=0.1, step=0.05, steps=2)
 RECIPE = Recipe(
@@ -153,26 +153,15 @@ def test_a_run_saves_ordinary_networks_and_ends_with_one(blobs, tmp_path):
     assert not [layer for layer in states if layer.state == "irregular"]
 
 
-def test_a_killed_run_ends_bit_identical(blobs, tmp_path, monkeypatch):
+def test_a_killed_run_ends_bit_identical(blobs, tmp_path):
     whole = train(RECIPE, network(), blobs, out=tmp_path / "whole")
-    real = os.replace
-
-    def dying(source, target):
-        if str(target).endswith("optimizer-2.safetensors"):
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
     model = network()
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before("optimizer-2"):
         train(RECIPE, model, blobs, out=tmp_path / "killed")
     assert not adapted_layers(model)
-    monkeypatch.setattr(os, "replace", real)
     killed = train(RECIPE, network(), blobs, out=tmp_path / "killed", resume=True)
     for path, other in ((whole.last, killed.last), (whole.best, killed.best)):
-        a, b = load_tensors(path)[0], load_tensors(other)[0]
-        assert a.keys() == b.keys()
-        assert all(same_bits(a[key], b[key]) for key in a)
+        assert same_tensors(path, other)
 
 
 def test_a_failed_run_leaves_an_ordinary_network(blobs, tmp_path):

@@ -9,17 +9,17 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from clat.checkpoint import load_checkpoint, load_tensors
+from clat.checkpoint import load_checkpoint
 from clat.data import to_unit
 from clat.errors import InputError
 from clat.evaluate import predict
 from clat.extra import Extra
-from clat.integrity import same_bits
 from clat.models import build_model
 from clat.recipe import Recipe
 from clat.runs import Run
 from clat.threat import Threat
 from clat.train import _Trainer, train
+from conftest import dies_before, same_tensors
 
 BASE = Recipe(
     objective="clean", threat=Threat(eps=0.1, step=0.05, steps=2), validation_steps=2, epochs=3, batch_size=60,
@@ -74,24 +74,14 @@ def test_pseudo_labels_are_a_checkpoints_predictions(folder, blobs, tmp_path):
         Extra(source=folder).load(blobs, torch.device("cpu"))
 
 
-def test_a_killed_run_ends_bit_identical_and_only_with_the_same_extra_images(folder, blobs, tmp_path, monkeypatch):
+def test_a_killed_run_ends_bit_identical_and_only_with_the_same_extra_images(folder, blobs, tmp_path):
     recipe = replace(BASE, extra=Extra(source=folder))
     whole = train(recipe, network(), blobs, out=tmp_path / "whole")
     assert whole.environment["extra"]["images"] == 30
-    real = os.replace
-
-    def dying(source, target):
-        if str(target).endswith("optimizer-2.safetensors"):
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before("optimizer-2"):
         train(recipe, network(), blobs, out=tmp_path / "killed")
-    monkeypatch.setattr(os, "replace", real)
     killed = train(recipe, network(), blobs, out=tmp_path / "killed", resume=True)
-    a, b = load_tensors(whole.last)[0], load_tensors(killed.last)[0]
-    assert all(same_bits(a[key], b[key]) for key in a)
+    assert same_tensors(whole.last, killed.last)
     os.remove(tmp_path / "extra/train/top/0.png")
     with pytest.raises(InputError, match="extra images"):
         train(recipe, network(), blobs, out=tmp_path / "killed", resume=True)

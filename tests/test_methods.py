@@ -19,7 +19,7 @@ from clat.optimizer import learning_rate, make_optimizer
 from clat.recipe import Recipe
 from clat.threat import Threat
 from clat.train import train
-from conftest import Plain
+from conftest import Plain, dies_before, same_tensors
 
 ONE_STEP = Threat(eps=0.1, step=0.1, steps=1)
 BASE = Recipe(epochs=3, batch_size=60, lr=0.05, holdout=60, threat=ONE_STEP, validation_steps=2, health=False)
@@ -41,11 +41,6 @@ def network() -> nn.Module:
     return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
-def equal(a, b) -> bool:
-    a, b = load_tensors(a)[0], load_tensors(b)[0]
-    return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_every_objective_trains(name, blobs, tmp_path):
     recipe = replace(EVERY[name], objective=name, epochs=5, batch_size=20, augment=False, health=True)
@@ -55,21 +50,12 @@ def test_every_objective_trains(name, blobs, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [FREE, FAST, AWP], ids=["free-at", "fast-at", "awp"])
-def test_a_killed_run_ends_bit_identical(recipe, blobs, tmp_path, monkeypatch):
+def test_a_killed_run_ends_bit_identical(recipe, blobs, tmp_path):
     whole = train(recipe, network(), blobs, out=tmp_path / "whole")
-    real = os.replace
-
-    def dying(source, target):
-        if str(target).endswith("optimizer-2.safetensors"):
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before("optimizer-2"):
         train(recipe, network(), blobs, out=tmp_path / "killed")
-    monkeypatch.setattr(os, "replace", real)
     killed = train(recipe, network(), blobs, out=tmp_path / "killed", resume=True)
-    assert equal(whole.last, killed.last)
+    assert same_tensors(whole.last, killed.last)
 
 
 def test_free_at_steps_once_a_replay(blobs, tmp_path, monkeypatch):
@@ -106,7 +92,7 @@ def test_the_probe_leaves_the_run_as_it_was(blobs, tmp_path, monkeypatch):
     with_probe = train(FAST, network(), blobs, out=tmp_path / "a")
     monkeypatch.delattr(FastAt, "probe")
     without = train(FAST, network(), blobs, out=tmp_path / "b")
-    assert equal(with_probe.last, without.last)
+    assert same_tensors(with_probe.last, without.last)
     assert 0 <= with_probe.metrics[0]["probe"] <= 1
 
 
@@ -116,7 +102,7 @@ def test_awp_sets_in_after_its_warmup_and_changes_the_run(blobs, tmp_path, monke
     perturbed = train(AWP, network(), blobs, out=tmp_path / "a")
     plain = train(replace(AWP, awp=None), network(), blobs, out=tmp_path / "b")
     assert len(used) == 2 * 3  # epochs 2 and 3
-    assert not equal(perturbed.last, plain.last)
+    assert not same_tensors(perturbed.last, plain.last)
 
 
 def test_awp_under_a_selection_moves_only_what_trains(blobs, tmp_path):

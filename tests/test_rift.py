@@ -1,6 +1,5 @@
 """RiFT: the criticality of a weight, which layer is chosen, and how far the fine-tuned network is blended in."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ from clat.threat import Threat
 from clat.train import train
 from clat.tuners import Rift
 from clat.tuners.rift import Point, choose, risk, worst_risk
+from conftest import dies_before, same_tensors
 
 THREAT = Threat(eps=0.1, step=0.05, steps=2)
 RECIPE = Recipe(
@@ -138,28 +138,17 @@ def test_a_run_ends_with_the_blend_as_its_best_and_records_it(blobs, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["optimizer-2", "result"])
-def test_a_killed_run_ends_bit_identical(moment, blobs, tmp_path, monkeypatch):
+def test_a_killed_run_ends_bit_identical(moment, blobs, tmp_path):
     whole = train(RECIPE, network(), blobs, out=tmp_path / "whole")
-    real = os.replace
-
-    def dying(source, target):
-        if os.path.basename(target).startswith(moment):
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before(moment):
         train(RECIPE, network(), blobs, out=tmp_path / "killed")
-    monkeypatch.setattr(os, "replace", real)
     other = build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
     with pytest.raises(InputError, match="began with other weights"):
         train(RECIPE, other, blobs, out=tmp_path / "killed", resume=True)
     killed = train(RECIPE, network(), blobs, out=tmp_path / "killed", resume=True)
     assert killed.result["end"] == whole.result["end"]
     for path, other in ((whole.last, killed.last), (whole.best, killed.best)):
-        a, b = load_tensors(path)[0], load_tensors(other)[0]
-        assert a.keys() == b.keys()
-        assert all(same_bits(a[key], b[key]) for key in a)
+        assert same_tensors(path, other)
 
 
 @pytest.mark.parametrize("keys", [{"batch": 0}, {"passes": 0}, {"radius": 0}, {"step": -1}, {"largest_drop": 2}])

@@ -24,6 +24,7 @@ from clat.recipe import Recipe
 from clat.threat import Threat
 from clat.train import _Trainer, train
 from clat.tuners import Critical
+from conftest import dies_before, same_tensors
 
 BASE = Recipe(
     epochs=2, batch_size=32, lr=0.02, holdout=60, threat=Threat(eps=0.1, step=0.05, steps=2), validation_steps=2
@@ -47,10 +48,6 @@ def network() -> nn.Module:
 
 def tensors(path):
     return load_tensors(path)[0]
-
-
-def equal(a, b) -> bool:
-    return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +113,8 @@ def test_the_learning_rate_follows_its_policy(finished, tmp_path):
 def test_the_same_seed_trains_the_same_weights(recipe, blobs, tmp_path):
     runs = [train(replace(recipe, epochs=1, seed=s), network(), blobs, out=tmp_path / n) for s, n in
             ((3, "a"), (3, "b"), (4, "c"))]  # fmt: skip
-    assert equal(tensors(runs[0].last), tensors(runs[1].last))
-    assert not equal(tensors(runs[0].last), tensors(runs[2].last))
+    assert same_tensors(runs[0].last, runs[1].last)
+    assert not same_tensors(runs[0].last, runs[2].last)
 
 
 SCRIPT = """
@@ -163,8 +160,8 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(name, blobs, tmp_path
     with start("killed") as process:
         assert process.stdout.readline() == "finished\n"
     assert kills > 0
-    assert equal(tensors(tmp_path / "whole/last.safetensors"), tensors(tmp_path / "killed/last.safetensors"))
-    assert equal(tensors(tmp_path / "whole/best.safetensors"), tensors(tmp_path / "killed/best.safetensors"))
+    assert same_tensors(tmp_path / "whole/last.safetensors", tmp_path / "killed/last.safetensors")
+    assert same_tensors(tmp_path / "whole/best.safetensors", tmp_path / "killed/best.safetensors")
     lines = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
@@ -174,23 +171,12 @@ def test_a_kill_between_any_two_writes_of_an_epoch_is_harmless(moment, blobs, tm
     """Dies just before the file of that name is renamed into place in epoch 2, then resumes."""
     recipe = replace(CLAT, epochs=3, critical=Critical(every=1))
     whole = train(recipe, network(), blobs, out=tmp_path / "whole")
-    real, seen = os.replace, []
-
-    def dying(source, target):
-        if str(target).split("/")[-1].startswith(moment):
-            seen.append(target)
-            if len(seen) == (1 if moment == "optimizer-2" else 2):
-                raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
     if moment == "best":  # make sure that there is a second best to write
         monkeypatch.setattr(_Trainer, "_best", lambda self, metrics: metrics[-1]["epoch"])
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before(moment, time=1 if moment == "optimizer-2" else 2):
         train(recipe, network(), blobs, out=tmp_path / "killed")
-    monkeypatch.setattr(os, "replace", real)
     killed = train(recipe, network(), blobs, out=tmp_path / "killed", resume=True)
-    assert equal(tensors(whole.last), tensors(killed.last))
+    assert same_tensors(whole.last, killed.last)
     assert [entry["epoch"] for entry in killed.metrics] == [1, 2, 3]
     assert killed.selections == whole.selections
 
@@ -295,7 +281,7 @@ def test_a_full_disk_loses_nothing(blobs, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob(".*.partial"))
     monkeypatch.setattr(os, "replace", real)
     resumed = train(recipe, network(), blobs, out=tmp_path / "run", resume=True)
-    assert equal(tensors(whole.last), tensors(resumed.last))
+    assert same_tensors(whole.last, resumed.last)
 
 
 def test_two_processes_train_as_one_run(blobs, tmp_path):
