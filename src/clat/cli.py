@@ -168,6 +168,7 @@ def evaluate(
     repeats: int = 1,
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 250,
     out: str | None = None,
     json: str | None = None,
 ) -> None:
@@ -188,11 +189,13 @@ def evaluate(
         repeats: evaluate so often, each time with other seeds, and name the lowest accuracy beside the worst case
         seed: draws the images and the attack's start
         precision: fp32, or bf16 autocast
+        batch_size: images attacked together; lower it if the device's memory does not suffice
         out: folder that keeps the evaluation's record; default evaluations beside the checkpoint
         json: write the result to this file, or to standard output if it is -
     """
-    if repeats < 1:
-        raise InputError(f"repeats is {repeats}; evaluate at least once.")
+    for key, value in (("repeats", repeats), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{key} is {value}; it must be 1 or more.")
     model, _ = load_checkpoint(network)
     dataset = _data(data, split)
     device = best_device()
@@ -208,7 +211,7 @@ def evaluate(
     path = checkpoint_path(network)
     talk = console if json != "-" else Console(quiet=True)
     passes = sum(attack.passes for each in tiers for attack in each.attacks)
-    most = passes * len(chosen) * pass_seconds(model, chosen, device=device)
+    most = passes * len(chosen) * pass_seconds(model, chosen, batch_size=batch_size, device=device)
     ball = attack_name("", tiers[0].attacks[0].threat).strip()
     talk.print(f"{network} on {len(chosen):,} of {len(dataset):,} images of {data} ({split}), {ball}, {precision}")
     for line in plan(tiers[0].attacks):
@@ -223,6 +226,7 @@ def evaluate(
                 each.attacks,
                 limit=limit,
                 seed=seed,
+                batch_size=batch_size,
                 device=device,
                 precision=precision,
                 record=Path(out) if out else path.parent / "evaluations",
