@@ -145,3 +145,13 @@ def test_the_network_is_put_back_after_an_error(plain):
 def test_wrong_images_are_refused(x, says):
     with pytest.raises(InputError, match=says):
         check_images(x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_given_start_is_moved_into_ball_and_box(norm, plain, images):
+    x, start = images[0], images[0].flip(0) + 0.5
+    threat = Threat(eps=0.1, steps=0, norm=norm)
+    x_adv = ascend(lambda z: plain(z)[:, 0], x, threat, model=plain, start=start)
+    assert torch.equal(x_adv, threat.project(start, x))
+    assert threat.distance(x_adv, x).max() <= 0.1 + 1e-6
+    assert x_adv.max() <= 1

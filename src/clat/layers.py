@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from clat.errors import InputError
-from clat.threat import Images, held
+from clat.threat import Cost, Images, held
 
 At = Literal["output", "activation"]
+Between = Callable[[Tensor, Tensor], Tensor]  # two features (batch, ...) -> how far apart they are (batch,)
 
 # Layers are the modules with a weight that mixes channels. Attention is one layer: its projections run inside it.
 LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
@@ -186,6 +187,69 @@ def observe(
             return None
 
 
+def lengths(feature: Tensor) -> Tensor:
+    """The l2 norm of each row of a tensor (batch, ...), shape (batch,); its gradient at zero is zero."""
+    return torch.linalg.vector_norm(feature, dim=tuple(range(1, feature.dim())))
+
+
+def l2(first: Tensor, second: Tensor) -> Tensor:
+    """The l2 distance of two features (batch, ...), image by image (batch,): Eq. 7."""
+    return lengths(second - first)
+
+
+def record(
+    model: nn.Module, x: Images, modules: Mapping[str, nn.Module], *, at: At = "output"
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Class scores and the modules' features; cloned, since a later module may change them in place."""
+    features: dict[int, Tensor] = {}
+    scores = observe(model, x, modules, lambda number, feature: features.update({number: feature.clone()}), at=at)
+    assert scores is not None
+    return scores, features
+
+
+def compare(
+    model: nn.Module,
+    x: Images,
+    modules: Mapping[str, nn.Module],
+    recorded: Mapping[int, Tensor],
+    between: Between = l2,
+    *,
+    at: At = "output",
+    whole: bool = False,
+) -> tuple[Tensor | None, Tensor]:
+    """Sum over the modules' calls of ``between(recorded feature, feature of x)``, image by image (batch,).
+
+    The network runs only as far as its deepest module; the class scores come with it if the ``whole`` network ran.
+    """
+    distances: dict[int, Tensor] = {}
+
+    def visit(number: int, feature: Tensor) -> None:
+        distances[number] = between(recorded[number].float(), feature.float())
+
+    scores = observe(model, x, modules, visit, at=at, stop_after=None if whole else len(recorded))
+    return scores if whole else None, torch.stack(list(distances.values())).sum(0)
+
+
+def feature_distance(
+    model: nn.Module,
+    x: Images,
+    modules: Mapping[str, nn.Module],
+    between: Between = l2,
+    *,
+    at: At = "output",
+    mode: Literal["eval", "batch", "train"] = "eval",
+) -> Cost:
+    """What an attack on features ascends: images z -> how far the modules' features of z are from those of x (batch,).
+
+    Args:
+        x: images whose features are taken now, without gradients
+        mode: how the network runs meanwhile
+    """
+    with held(model, mode), torch.no_grad():
+        _, recorded = record(model, x, modules, at=at)
+    return lambda z: compare(model, z, modules, recorded, between, at=at)[1]
+
+
 _NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
 _ACTIVATIONS = {
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish"),
@@ -237,11 +301,6 @@ def _by_image(feature: Tensor, *, images: int, module: nn.Module) -> Tensor:
             "cannot be told apart by image."
         )
     return feature if feature.shape[0] == images else feature.unflatten(0, (images, -1))
-
-
-def lengths(feature: Tensor) -> Tensor:
-    """The l2 norm of each row of a tensor (batch, ...), shape (batch,); its gradient at zero is zero."""
-    return torch.linalg.vector_norm(feature, dim=tuple(range(1, feature.dim())))
 
 
 @contextmanager

@@ -146,7 +146,14 @@ def per_image(values: Tensor, like: Images) -> Tensor:
 
 
 def ascend(
-    cost: Cost, x: Images, threat: Threat, *, model: nn.Module, keep: Literal["last", "best"] = "last"
+    cost: Cost,
+    x: Images,
+    threat: Threat,
+    *,
+    model: nn.Module,
+    keep: Literal["last", "best"] = "last",
+    start: Images | None = None,
+    momentum: float = 0.0,
 ) -> Images:
     """Projected gradient ascent on ``cost`` within the threat model, image by image.
 
@@ -160,19 +167,26 @@ def ascend(
         threat: ball, steps, start and mode
         model: the network that the cost runs, whose state is held meanwhile
         keep: return the last iterate or, image by image, the one with the highest cost
+        start: images like x to start from, moved into ball and box, in place of ``threat.start``
+        momentum: share of the earlier direction that each step keeps, the gradients having l1 length 1 (Dong et al.
+            2018); 0 follows the gradient
 
     Source: Madry et al. 2018; Section 4.1 of the paper.
     """
     with held(model, threat.mode), torch.enable_grad():
         x = x.detach()
-        x_adv = threat.first(x)
+        x_adv = threat.first(x) if start is None else threat.project(start.detach(), x)
         best, best_cost = x_adv, None
+        direction = torch.zeros_like(x)
         for _ in range(threat.steps):
             x_adv = x_adv.detach().requires_grad_()
             values = cost(x_adv)
             (gradient,) = torch.autograd.grad(values.sum(), x_adv)
             if keep == "best":
                 best, best_cost = _better(best, best_cost, x_adv.detach(), values.detach())
+            if momentum:
+                length = torch.linalg.vector_norm(gradient.flatten(1), ord=1, dim=1).clamp_min(1e-30)
+                gradient = direction = momentum * direction + gradient / per_image(length, gradient)
             x_adv = threat.project(threat.move(x_adv.detach(), gradient), x)
         if keep == "best":
             with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Literal
 
 from clat.attacks.attack import Attack
 from clat.attacks.auto import apgd_ce, apgd_targeted, autoattack, fab_targeted, square
+from clat.attacks.features import activation, through_layers
 from clat.attacks.pgd import pgd, pgd_attack, restarts
 from clat.errors import InputError
 
@@ -54,6 +55,7 @@ __all__ = [
     "Norm",
     "Tier",
     "TierName",
+    "activation",
     "apgd_ce",
     "apgd_targeted",
     "autoattack",
@@ -62,5 +64,6 @@ __all__ = [
     "pgd_attack",
     "restarts",
     "square",
+    "through_layers",
     "tier",
 ]

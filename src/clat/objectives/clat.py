@@ -1,6 +1,5 @@
 """The criticality-targeted objective: Eq. 7-9."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 
 from clat.criticality import attack_output
 from clat.errors import InputError
-from clat.layers import At, lengths, observe, trained_layers
-from clat.threat import Images, Labels, Threat, ascend, held
+from clat.layers import At, Between, compare, feature_distance, l2, lengths, record, trained_layers
+from clat.threat import Images, Labels, Threat, ascend
 
 Distance = Literal["l2", "mean", "relative"]
 
@@ -51,24 +50,19 @@ class Clat:
                 "threat.start is zero, where the feature distance has no gradient; set it to uniform, or clat.attack "
                 "to label."
             )
-        selected = self._selected(model)
-        with held(model, threat.mode), torch.no_grad():
-            _, clean = self._record(model, x, selected)
-
-        def feature_distance(z: Images) -> Tensor:
-            return self._compare(model, z, selected, clean)[1]
-
-        return ascend(feature_distance, x, threat, model=model)
+        cost = feature_distance(model, x, self._selected(model), self._distance, at=self.at, mode=threat.mode)
+        return ascend(cost, x, threat, model=model)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         """Eq. 9. The images of the cross-entropy run through the whole network, the others only as far as needed."""
         selected = self._selected(model)
         adversarial = self.cross_entropy == "adversarial"
         first, second = (x_adv, x) if adversarial else (x, x_adv)
-        scores, features = self._record(model, first, selected)
+        between: Between = (lambda attacked, clean: self._distance(clean, attacked)) if adversarial else self._distance
+        scores, features = record(model, first, selected, at=self.at)
         cross_entropy = F.cross_entropy(scores, y)
         both = self.cross_entropy == "both"
-        other, distance = self._compare(model, second, selected, features, attacked=adversarial, whole=both)
+        other, distance = compare(model, second, selected, features, between, at=self.at, whole=both)
         if other is not None:
             cross_entropy = (cross_entropy + F.cross_entropy(other, y)) / 2
         return {"cross_entropy": cross_entropy, "criticality": self.weight * distance.mean()}
@@ -79,40 +73,8 @@ class Clat:
             raise InputError("No layer of the network trains; select the critical layers first.")
         return selected
 
-    def _record(
-        self, model: nn.Module, x: Images, selected: Mapping[str, nn.Module]
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Class scores and the selected layers' features; cloned, since a later module may change them in place."""
-        features: dict[int, Tensor] = {}
-        scores = observe(model, x, selected, lambda i, feature: features.update({i: feature.clone()}), at=self.at)
-        assert scores is not None
-        return scores, features
-
-    def _compare(
-        self,
-        model: nn.Module,
-        x: Images,
-        selected: Mapping[str, nn.Module],
-        recorded: Mapping[int, Tensor],
-        *,
-        attacked: bool = False,
-        whole: bool = False,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Sum over the selected layers of the distance to the recorded features, image by image (batch,).
-
-        ``attacked`` says which of the two were recorded; the class scores come with it if the ``whole`` network ran.
-        """
-        distances: dict[int, Tensor] = {}
-
-        def compare(number: int, feature: Tensor) -> None:
-            clean, adversarial = (feature, recorded[number]) if attacked else (recorded[number], feature)
-            distances[number] = self._distance(clean.float(), adversarial.float())
-
-        scores = observe(model, x, selected, compare, at=self.at, stop_after=None if whole else len(recorded))
-        return scores if whole else None, torch.stack(list(distances.values())).sum(0)
-
     def _distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
-        distance = lengths(adversarial - clean)
+        distance = l2(clean, adversarial)
         if self.distance == "mean":
             return distance / clean[0].numel()
         if self.distance == "relative":
