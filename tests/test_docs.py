@@ -52,6 +52,22 @@ def test_table_6_is_that_of_its_result_file_and_of_the_networks():
     assert json.loads(json.dumps(rows())) == stored
 
 
+def test_the_methods_table_is_that_of_its_result_file_and_has_every_method():
+    from compare_methods import FINE_TUNED, FROM_SCRATCH, ON_TOP, markdown
+
+    rows = json.loads((ROOT / "results/methods.json").read_text())["rows"]
+    assert "\n".join(markdown(rows)) in (ROOT / "docs/baselines.md").read_text()
+    assert {row["method"] for row in rows} == {*FROM_SCRATCH, *FINE_TUNED, *ON_TOP.values()}
+
+
+def test_the_full_size_table_is_that_of_its_result_file_and_has_every_network():
+    from full_size import NETWORKS, markdown
+
+    rows = json.loads((ROOT / "results/full-size.json").read_text())["rows"]
+    assert "\n".join(markdown(rows)) in (ROOT / "docs/baselines.md").read_text()
+    assert [row["network"] for row in rows] == list(NETWORKS) == [name for name in MODELS if name != "mixed"]
+
+
 def test_every_recipe_and_network_is_listed():
     text = (ROOT / "docs/baselines.md").read_text()
     for path in (ROOT / "recipes").glob("*.yaml"):

@@ -27,6 +27,7 @@ ON_TOP = {name: f"{name}+clat" for name in (*FROM_SCRATCH, "rift", "convlora")}
 STEPS = 5  # of the training attack, where the recipe has ten
 ONE_STEP = ("clean", "fast-at", "free-at", "grad-align", "clat-fast")
 EXTRA = {
+    "awp": ["--awp.warmup", "2"],  # from the first step on, two epochs end at chance: see docs/baselines.md
     "free-at": ["--epochs", "1"],  # 8 replays of each batch
     "rift": ["--rift.batch", "500"],  # of 10,000, which take ten passes for each layer
 }
