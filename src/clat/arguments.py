@@ -23,6 +23,9 @@ USAGE = {
     "[--key value ...]",
     "evaluate": "CHECKPOINT_OR_RUN --data DATA [--tier quick|standard|full] [--eps 8/255] [--limit N] [--repeats N] "
     "[--json FILE] [--key value ...]",
+    "transfer": "NETWORK NETWORK [...] --data DATA [--attack pgd|activation] [--layer NAME] [--json FILE] "
+    "[--key value ...]",
+    "sweep": "NETWORK [...] --data DATA [--eps 8/255] [--steps 20] [--picture FILE] [--json FILE] [--key value ...]",
     "status": "RUN [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
 }
@@ -66,7 +69,8 @@ def _subparser(name: str, function: Command) -> ArgumentParser:
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
             if key != "recipe":
-                parser.add_argument(key, type=str, help=described[key])
+                several = {"nargs": "+"} if parameter.annotation == list[str] else {}
+                parser.add_argument(key, type=str, help=described[key], **several)
                 added.add(key)
         elif parameter.default is False:
             parser.add_argument(f"--{key}", action="store_true", help=described[key])

@@ -17,24 +17,39 @@ from torch import nn
 
 from clat import demo as demonstration
 from clat.arguments import Command, named, parse
-from clat.attacks import TierName, pgd
+from clat.attacks import TierName, activation, pgd, restarts
 from clat.attacks import tier as make_tier
 from clat.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, write_text
 from clat.criticality import Norm, attack_output, criticality
 from clat.data import EMBEDDED, Dataset, load_data, to_unit
 from clat.errors import InputError
-from clat.evaluate import Progress, best_device, check_fits, drawn, pass_seconds, worst_case
+from clat.evaluate import Progress, best_device, check_all_fit, check_fits, drawn, pass_seconds, worst_case
 from clat.evaluate import evaluate as evaluate_model
 from clat.health import HealthError
 from clat.integrity import IntegrityError, status_since
 from clat.layers import At
 from clat.models import build_model
 from clat.models.importing import import_weights
+from clat.pictures import check_picture, draw_curves
 from clat.recipe import Recipe
 from clat.runs import Run
-from clat.tables import attack_name, duration, evaluation_table, layer_table, plan, ranking, status_table
+from clat.sweep import Curve, Over, threats
+from clat.sweep import sweep as sweep_over
+from clat.tables import (
+    attack_name,
+    duration,
+    evaluation_table,
+    layer_table,
+    plan,
+    ranking,
+    status_table,
+    strength,
+    sweep_table,
+    transfer_table,
+)
 from clat.threat import Threat, fraction
 from clat.train import train as train_model
+from clat.transfer import transfer as transfer_between
 
 SEEDS_APART = 1000  # between repeats: more than any attack has random starts
 first_process = os.environ.get("RANK", "0") == "0"  # of those that accelerate launch or torchrun started
@@ -251,6 +266,163 @@ def evaluate(
         talk.print("PGD alone can overstate robustness; --tier full runs AutoAttack.", style="dim")
 
 
+def transfer(
+    networks: list[str],
+    *,
+    data: str,
+    attack: Literal["pgd", "activation"] = "pgd",
+    layer: str | None = None,
+    split: str = "test",
+    eps: float | str = "8/255",
+    attack_norm: Literal["linf", "l2"] = "linf",
+    steps: int | None = None,
+    limit: int = 512,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    json: str | None = None,
+) -> None:
+    """Attacks images on each network and measures every network on them (Table 2): black-box robustness.
+
+    Accuracies are over all images, also those that a network misclassifies clean. An attack on the network itself
+    (white-box) should fool it more than images attacked on another; where it does not, this is said.
+
+    Args:
+        networks: two or more checkpoints or run folders (their best checkpoints)
+        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        attack: pgd, from a random start, or activation (Inkawhich et al. 2019), which is made to transfer
+        layer: whose feature the activation attack moves; one for all networks, or one for each, after commas
+        split: split of the data
+        eps: radius of the ball in pixels of [0, 1], e.g. 8/255
+        attack_norm: norm of the ball
+        steps: steps of the attack; default 20 of eps / 4 for pgd, 10 of eps / 10 for activation
+        limit: attack this many images, drawn at random by the seed
+        seed: draws the images, and the attack's start or guide images
+        precision: fp32, or bf16 autocast
+        json: write the result to this file, or to standard output if it is -
+    """
+    if (layer is None) == (attack == "activation"):
+        raise InputError("--layer NAME goes with --attack activation, and only with it; clat layers lists the names.")
+    models, dataset = _several(networks), _data(data, split)
+    if layer is None:
+        attacks = list(restarts(pgd(eps, 20 if steps is None else steps, attack_norm), seed=seed))
+    else:
+        guides, count = drawn(dataset, limit, seed), 10 if steps is None else steps
+        attacks = [activation(name, guides, eps, attack_norm, steps=count, seed=seed) for name in layer.split(",")]
+    talk = console if json != "-" else Console(quiet=True)
+    with _showing(talk) as progress:
+        found = transfer_between(
+            models,
+            dataset,
+            attacks[0] if len(attacks) == 1 else attacks,
+            limit=limit,
+            seed=seed,
+            device=best_device(),
+            precision=precision,
+            progress=progress,
+        )
+    ball = attack_name(found.attack, attacks[0].threat)
+    images = f"{found.clean[0].n:,} of {len(dataset):,} images of {data} ({split})"
+    talk.print(f"{ball}, {precision}; {images}", highlight=False)
+    talk.print(transfer_table(found), highlight=False)
+    for source, target in found.stronger:
+        talk.print(
+            f"Warning: images attacked on {source} fool {target} more than those attacked on {target} itself: a sign "
+            "of gradient masking or of too weak an attack; try clat evaluate --tier full.",
+            highlight=False,
+        )
+    if json is not None:
+        _write_json(json, found.to_json())
+
+
+def sweep(
+    networks: list[str],
+    *,
+    data: str,
+    over_eps: str = "0,2/255,4/255,8/255,16/255,32/255,64/255",
+    over_steps: str = "1,2,5,10,20,50,100",
+    eps: float | str = "8/255",
+    steps: int = 20,
+    split: str = "test",
+    attack_norm: Literal["linf", "l2"] = "linf",
+    limit: int = 512,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    out: str | None = None,
+    picture: str | None = None,
+    json: str | None = None,
+) -> None:
+    """Measures accuracy as PGD grows stronger, over eps and over its number of steps (Figure 4).
+
+    Each point is measured by itself. Accuracy that rises with the strength of the attack is named: there the attack
+    failed. A sweep that was interrupted goes on where it stopped when the same command is given again.
+
+    Args:
+        networks: checkpoints or run folders (their best checkpoints)
+        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        over_eps: radii of the ball in pixels of [0, 1], 0 being clean, or none to leave this curve out
+        over_steps: numbers of PGD steps, each eps / 4 long, or none to leave this curve out
+        eps: radius of the ball when the number of steps varies
+        steps: number of steps when eps varies
+        split: split of the data
+        attack_norm: norm of the ball
+        limit: evaluate this many images, drawn at random by the seed
+        seed: draws the images and the attack's start
+        precision: fp32, or bf16 autocast
+        out: folder that keeps the evaluations' records; default evaluations beside each checkpoint
+        picture: draw the curves into this file: .png, .pdf or .svg
+        json: write the curves to this file, or to standard output if it is -
+    """
+    lists: dict[Over, str] = {"eps": over_eps, "steps": over_steps}
+    wanted = {over: _numbers(text) or [] for over, text in lists.items() if text != "none"}
+    if not wanted:
+        raise InputError("Both curves are left out; sweep over eps or over steps.")
+    if picture is not None:
+        check_picture(Path(picture))
+    for over, strengths in wanted.items():
+        threats(over, strengths, eps=eps, steps=steps, norm=attack_norm)
+    models, dataset, device = _several(networks), _data(data, split), best_device()
+    check_all_fit(models, dataset, device)
+    talk = console if json != "-" else Console(quiet=True)
+    curves: dict[Over, dict[str, Curve]] = {}
+    for over, strengths in wanted.items():
+        curves[over] = {}
+        for name, model in models.items():
+            with _showing(talk) as progress:
+                curves[over][name] = sweep_over(
+                    model,
+                    dataset,
+                    over,
+                    strengths,
+                    eps=eps,
+                    steps=steps,
+                    norm=attack_norm,
+                    limit=limit,
+                    seed=seed,
+                    device=device,
+                    precision=precision,
+                    record=Path(out) if out else checkpoint_path(name).parent / "evaluations",
+                    progress=progress,
+                )
+        images = min(limit, len(dataset))
+        kind = f"PGD-{steps} {attack_norm}" if over == "eps" else attack_name("PGD", pgd(eps, steps, attack_norm))
+        talk.print(f"{kind}, {precision}; {images:,} of {len(dataset):,} images of {data} ({split})", highlight=False)
+        talk.print(sweep_table(curves[over]), highlight=False)
+        for name, curve in curves[over].items():
+            for weak, strong in curve.rises:
+                talk.print(
+                    f"Warning: the accuracy of {name} rises from {over} {strength(curve, weak)} to "
+                    f"{strength(curve, strong)} ({weak.accuracy.correct} to {strong.accuracy.correct} images): a "
+                    "sign of gradient masking or of too weak an attack; try clat evaluate --tier full.",
+                    highlight=False,
+                )
+    if picture is not None:
+        draw_curves(list(curves.values()), Path(picture))
+    if json is not None:
+        _write_json(
+            json, {over: {name: curve.to_json() for name, curve in each.items()} for over, each in curves.items()}
+        )
+
+
 def status(run: str, json: str | None = None) -> None:
     """Lists the layers of a run as trained, frozen or irregular, by comparing the weights with those at its start.
 
@@ -354,6 +526,13 @@ def _network(name: str, data: Dataset) -> nn.Module:
     return build_model(kind, len(data.classes), channels=data.shape[0], mean=mean, std=std, **options)
 
 
+def _several(names: Sequence[str]) -> dict[str, nn.Module]:
+    """The networks in these checkpoints and run folders, by the names given."""
+    if len(set(names)) < len(names):
+        raise InputError("A network is named twice; name each once.")
+    return {name: load_checkpoint(name)[0] for name in names}
+
+
 def _data(text: str, split: str) -> Dataset:
     source, options = named(text)
     try:
@@ -394,6 +573,8 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "finetune": finetune,
     "evaluate": evaluate,
+    "transfer": transfer,
+    "sweep": sweep,
     "status": status,
     "import": import_,
 }

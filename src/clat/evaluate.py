@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from clat.data import Dataset, to_unit
 from clat.errors import InputError
 from clat.integrity import fingerprint, tensors
 from clat.layers import logits
-from clat.threat import Images, Threat, check_images, held
+from clat.threat import Images, Labels, Threat, check_images, held
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -199,10 +199,15 @@ def _attacks(attacks: Threat | Sequence[Attack] | None, seed: int) -> Sequence[A
         return restarts(attacks or pgd("8/255", 20), seed=seed)
     if not attacks:
         raise InputError("There is no attack to evaluate with.")
+    check_one_ball(attacks)
+    return attacks
+
+
+def check_one_ball(attacks: Sequence[Attack]) -> None:
+    """Raises InputError unless the attacks share norm and eps."""
     balls = {(attack.threat.radius, attack.threat.norm) for attack in attacks}
     if len(balls) > 1:
         raise InputError(f"The attacks are on different balls ({balls}); evaluate each ball by itself.")
-    return attacks
 
 
 def _clean(model: nn.Module, data: Dataset, size: int, device: torch.device | str, precision: Precision) -> list[int]:
@@ -224,11 +229,14 @@ def _run(
 ) -> list[bool]:
     """Which of the images, given by their places in the data, are still classified correctly."""
     pixels, y = next(data.subset(images).batches(len(images), workers=0))
-    x = to_unit(pixels)
     with autocast(device, precision), seeded(attack.seed, device):
-        with held(model):
-            x_adv = attack.perturb(model, x, y).detach()
-        return (predict(model, attack.threat.project(x_adv, x)) == y).tolist()
+        return (predict(model, attacked(attack, model, to_unit(pixels), y)) == y).tolist()
+
+
+def attacked(attack: Attack, model: nn.Module, x: Images, y: Labels) -> Images:
+    """The images that an attack makes of x, inside ball and box; the network's state is held meanwhile."""
+    with held(model):
+        return attack.threat.project(attack.perturb(model, x, y).detach(), x)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -354,6 +362,15 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_all_fit(models: Mapping[str, nn.Module], data: Dataset, device: torch.device | str) -> None:
+    """Moves the networks to the device; raises InputError, with a network's name, unless each fits the data."""
+    for name, model in models.items():
+        try:
+            check_fits(model.to(device), data, device)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
 
 
 def check_fits(model: nn.Module, data: Dataset, device: torch.device | str) -> None:

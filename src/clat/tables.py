@@ -1,6 +1,6 @@
 """Tables for a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,17 +8,23 @@ from rich.table import Table
 
 from clat.attacks import Attack
 from clat.criticality import LayerScore, ranked
-from clat.evaluate import Result
+from clat.evaluate import Accuracy, Result
 from clat.integrity import LayerStatus
 from clat.runs import Run
+from clat.sweep import Curve, Point
 from clat.threat import Threat
+from clat.transfer import Transfer
 
 
 def attack_name(name: str, threat: Threat) -> str:
     """An attack with its ball, e.g. PGD-20 linf eps 8/255."""
-    grey = threat.radius * 255
-    eps = f"{round(grey)}/255" if abs(grey - round(grey)) < 1e-9 and threat.norm == "linf" else f"{threat.radius:g}"
-    return f"{name} {threat.norm} eps {eps}"
+    return f"{name} {threat.norm} eps {radius(threat.radius, threat.norm)}"
+
+
+def radius(eps: float, norm: str) -> str:
+    """The radius of a ball as it is written: 8/255 if it is a number of grey levels and the norm linf, else 0.031."""
+    grey = eps * 255
+    return f"{round(grey)}/255" if abs(grey - round(grey)) < 1e-9 and norm == "linf" and eps else f"{eps:g}"
 
 
 def duration(seconds: float) -> str:
@@ -53,6 +59,40 @@ def evaluation_table(result: Result) -> Table:
         table.add_row(attack.name, str(attack.robust), broken, duration(attack.seconds), attack.note)
     table.add_row("robust", str(result.robust), style="bold")
     return table
+
+
+def transfer_table(found: Transfer) -> Table:
+    """A row for each network that was attacked, a column for each that was measured; white-box is bold."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("attacked")
+    for name in found.networks:
+        table.add_column(name)
+    table.add_row("none (clean)", *map(_cell, found.clean))
+    for i, (name, row) in enumerate(zip(found.networks, found.attacked, strict=True)):
+        table.add_row(name, *(f"[bold]{_cell(cell)}[/]" if i == j else _cell(cell) for j, cell in enumerate(row)))
+    return table
+
+
+def sweep_table(curves: Mapping[str, Curve]) -> Table:
+    """Curves over the same strengths: a row for each strength, a column for each network."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    first = next(iter(curves.values()))
+    table.add_column("eps" if first.over == "eps" else "steps", justify="right")
+    for name in curves:
+        table.add_column(name)
+    for number, point in enumerate(first.points):
+        table.add_row(strength(first, point), *(_cell(curve.points[number].accuracy) for curve in curves.values()))
+    return table
+
+
+def strength(curve: Curve, point: Point) -> str:
+    """What the curve runs over at a point, e.g. 8/255 or 20."""
+    return radius(point.eps, curve.norm) if curve.over == "eps" else str(point.steps)
+
+
+def _cell(accuracy: Accuracy) -> str:
+    low, high = accuracy.interval
+    return f"{100 * accuracy.value:.2f} % ({accuracy.correct})\n\\[{100 * low:.2f}, {100 * high:.2f}]"
 
 
 def ranking(scores: list[LayerScore]) -> list[dict[str, Any]]:
