@@ -23,6 +23,7 @@ from clat.threat import Images, Labels, Threat, check_images, held
 
 Precision = Literal["auto", "bf16", "fp32"]
 
+TOLERATED = 0.005  # share of the images by which a weaker attack may seem the stronger one before it counts as a sign
 Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from clat.attacks import Norm, pgd, restarts
 from clat.data import Dataset
 from clat.errors import InputError
-from clat.evaluate import Accuracy, Precision, Progress, evaluate
+from clat.evaluate import TOLERATED, Accuracy, Precision, Progress, evaluate
 from clat.threat import Threat
 
 Over = Literal["eps", "steps"]
@@ -43,9 +43,9 @@ class Curve:
 
     @property
     def rises(self) -> list[tuple[Point, Point]]:
-        """Neighbours where the stronger attack left more images right, which a sound attack hardly does."""
+        """Neighbours where the stronger attack left clearly more images right, which a sound attack does not."""
         pairs = zip(self.points, self.points[1:], strict=False)
-        return [(weak, strong) for weak, strong in pairs if strong.accuracy.correct > weak.accuracy.correct]
+        return [(weak, strong) for weak, strong in pairs if strong.accuracy.value - weak.accuracy.value > TOLERATED]
 
     def to_json(self) -> dict[str, Any]:
         points = [{"eps": point.eps, "steps": point.steps, **point.accuracy.to_json()} for point in self.points]

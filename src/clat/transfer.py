@@ -12,6 +12,7 @@ from clat.attacks import Attack, pgd, restarts
 from clat.data import Dataset, to_unit
 from clat.errors import InputError
 from clat.evaluate import (
+    TOLERATED,
     Accuracy,
     Precision,
     Progress,
@@ -53,7 +54,7 @@ class Transfer:
 
     @property
     def stronger(self) -> list[tuple[str, str]]:
-        """(source, target) where the source's images fool the target more than the target's own do.
+        """(source, target) where the source's images fool the target clearly more than the target's own do.
 
         Attacks on the network itself should be the strongest: where they are not, they failed, as under gradient
         masking.
@@ -63,7 +64,7 @@ class Transfer:
             (self.networks[i], self.networks[j])
             for i in places
             for j in places
-            if self.attacked[i][j].correct < self.attacked[j][j].correct
+            if self.attacked[j][j].value - self.attacked[i][j].value > TOLERATED
         ]
 
     def to_json(self) -> dict[str, Any]:
