@@ -23,4 +23,5 @@ format: .venv
 .venv: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1  # it pins a requests of 2021, which it never imports
 	touch .venv
