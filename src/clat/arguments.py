@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from clat.errors import InputError
 from clat.recipe import Recipe, recipe_path
 
-Command = Callable[..., None]
+Command = Callable[..., int | None]  # returns the exit code, 0 if None
 
 USAGE = {
     "demo": "[--out DIR] [--resume] [--overwrite]",
@@ -22,6 +22,8 @@ USAGE = {
     "[--key value ...]",
     "evaluate": "CHECKPOINT_OR_RUN --data DATA [--tier quick|standard|full] [--eps 8/255] [--limit N] [--repeats N] "
     "[--json FILE] [--key value ...]",
+    "trust": "CHECKPOINT_OR_RUN --data DATA [--eps 8/255] [--base CHECKPOINT_OR_RUN] [--budget MINUTES] [--json FILE] "
+    "[--key value ...]",
     "status": "RUN [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
 }

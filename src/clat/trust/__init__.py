@@ -26,14 +26,14 @@ class Verdict:
     """What all checks found together.
 
     text: in words; ok: no check failed; clean: accuracy without attack; robust: accuracy in the worst case over all
-    attacks that ran in the ball; eps ... budget: what it takes to repeat it; seconds: all of it.
+    attacks in the ball, None if there was none; eps ... budget: what it takes to repeat it; seconds: all of it.
     """
 
     text: str
     ok: bool
     findings: tuple[Finding, ...]
     clean: Accuracy
-    robust: Accuracy
+    robust: Accuracy | None
     eps: float
     norm: str
     data: str
@@ -45,7 +45,8 @@ class Verdict:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "clean": self.clean.to_json(), "robust": self.robust.to_json()}
+        robust = self.robust and self.robust.to_json()
+        return {**asdict(self), "clean": self.clean.to_json(), "robust": robust}
 
 
 def trust(
@@ -89,12 +90,13 @@ def trust(
         subject = Subject(model, to_unit(pixels), y, data.statistics(), eps, norm, base=base, seed=seed)
         findings = _run(subject, checks, began + 60 * budget, progress)
     text, ok = _verdict(findings, checks)
+    attacked = any(finding.check == REFERENCE and finding.status != "skipped" for finding in findings)
     return Verdict(
         text=text,
         ok=ok,
         findings=findings,
         clean=Accuracy(int(subject.right.sum()), subject.n),
-        robust=Accuracy(int((subject.right & ~subject.broken).sum()), subject.n),
+        robust=Accuracy(int((subject.right & ~subject.broken).sum()), subject.n) if attacked else None,
         eps=subject.threat.radius,
         norm=norm,
         data=f"{data.source} sha256:{data.digest()[:16]}",
@@ -108,6 +110,14 @@ def trust(
 
 
 def _run(s: Subject, checks: Sequence[Check], end: float, progress: Callable[[Check], None]) -> tuple[Finding, ...]:
+    ids = [check.id for check in checks]
+    first = checks[: ids.index(REFERENCE) + 1] if REFERENCE in ids else ()
+    needed, left = sum(check.passes for check in first) * s.n * s.pass_seconds, end - time.perf_counter()
+    if needed > left:
+        raise InputError(
+            f"All checks up to the first attack need {needed / 60:.1f} min here, and {max(left, 0) / 60:.1f} min of "
+            "the budget are left; raise budget or lower limit."
+        )
     findings: list[Finding] = []
     for check in checks:
         progress(check)
@@ -134,13 +144,7 @@ def _ask(check: Check, s: Subject, left: float, findings: Sequence[Finding]) -> 
         return "skipped", f"needs {', '.join(missing)}, which did not run", {}
     needed = check.passes * s.n * s.pass_seconds
     if needed > left:
-        time_needed, time_left = f"{needed / 60:.1f} min", f"{max(left, 0) / 60:.1f} min"
-        if check.id == REFERENCE:
-            raise InputError(
-                f"The attack that the checks compare with needs {time_needed} here and {time_left} of the budget are "
-                "left; raise budget or lower limit."
-            )
-        return "skipped", f"needs {time_needed}, {time_left} left", {}
+        return "skipped", f"needs {needed / 60:.1f} min, {max(left, 0) / 60:.1f} min left", {}
     try:
         return check.run(s)
     except Skip as reason:
