@@ -15,18 +15,21 @@ from clat.recipe import Recipe
 from clat.runs import Run
 from clat.threat import Threat, ascend
 from clat.train import train
+from clat.trust import Check, Finding, Verdict, trust
 from clat.tuners import ConvLora, Critical, Rift, Selection, Tuner, Whole
 
 __all__ = [
     "CLAT",
     "Accuracy",
     "Awp",
+    "Check",
     "Clat",
     "Clean",
     "ConvLora",
     "Critical",
     "Dataset",
     "FastAt",
+    "Finding",
     "FreeAt",
     "GradAlign",
     "HealthError",
@@ -46,6 +49,7 @@ __all__ = [
     "Threat",
     "Trades",
     "Tuner",
+    "Verdict",
     "Whole",
     "ascend",
     "attack_output",
@@ -57,4 +61,5 @@ __all__ = [
     "status",
     "top",
     "train",
+    "trust",
 ]

@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from clat.errors import InputError
 from clat.recipe import Recipe, recipe_path
 
-Command = Callable[..., None]
+Command = Callable[..., int | None]  # returns the exit code, 0 if None
 
 USAGE = {
     "demo": "[--out DIR] [--resume] [--overwrite]",
@@ -26,6 +26,8 @@ USAGE = {
     "transfer": "NETWORK NETWORK [...] --data DATA [--attack pgd|activation] [--layer NAME] [--json FILE] "
     "[--key value ...]",
     "sweep": "NETWORK [...] --data DATA [--eps 8/255] [--steps 20] [--picture FILE] [--json FILE] [--key value ...]",
+    "trust": "CHECKPOINT_OR_RUN --data DATA [--eps 8/255] [--base CHECKPOINT_OR_RUN] [--budget MINUTES] [--json FILE] "
+    "[--key value ...]",
     "status": "RUN [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
 }

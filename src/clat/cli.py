@@ -46,10 +46,13 @@ from clat.tables import (
     strength,
     sweep_table,
     transfer_table,
+    trust_table,
 )
 from clat.threat import Threat, fraction
 from clat.train import train as train_model
 from clat.transfer import transfer as transfer_between
+from clat.trust import BUDGET, IMAGES
+from clat.trust import trust as trust_model
 
 SEEDS_APART = 1000  # between repeats: more than any attack has random starts
 first_process = os.environ.get("RANK", "0") == "0"  # of those that accelerate launch or torchrun started
@@ -423,6 +426,57 @@ def sweep(
         )
 
 
+def trust(
+    network: str,
+    *,
+    data: str,
+    split: str = "test",
+    eps: float | str = "8/255",
+    attack_norm: Literal["linf", "l2"] = "linf",
+    base: str | None = None,
+    limit: int = IMAGES,
+    budget: float = BUDGET,
+    seed: int = 0,
+    json: str | None = None,
+) -> int:
+    """Looks for signs that a network's robustness is overstated or its evaluation broken; exit code 1 if there are any.
+
+    Args:
+        network: a checkpoint, or a run folder (its best checkpoint)
+        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        split: split of the data
+        eps: radius of the ball in pixels of [0, 1], e.g. 8/255
+        attack_norm: norm of the ball
+        base: a network that attacks are transferred from, such as the one before fine-tuning
+        limit: use this many images, drawn at random by the seed
+        budget: minutes; checks that do not fit are skipped, and the verdict says so
+        seed: draws the images and the attacks' random numbers
+        json: write verdict and findings to this file, or to standard output if it is -
+    """
+    model, _ = load_checkpoint(network)
+    surrogate = load_checkpoint(base)[0] if base else None
+    talk = console if json != "-" else Console(quiet=True)
+    with talk.status("") as line:
+        verdict = trust_model(
+            model,
+            _data(data, split),
+            eps,
+            attack_norm,
+            base=surrogate,
+            limit=limit,
+            budget=budget,
+            seed=seed,
+            device=best_device(),
+            progress=lambda check: line.update(check.title),
+        )
+    ball = attack_name("", Threat(eps=eps, norm=attack_norm)).strip()
+    talk.print(trust_table(verdict, f"{network} on {verdict.clean.n} images of {data} ({split}), {ball}"))
+    talk.print(f"\nVerdict: {verdict.text}.", style="bold" if verdict.ok else "bold red", highlight=False)
+    if json is not None:
+        _write_json(json, {"network": str(checkpoint_path(network)), "base": base, **verdict.to_json()})
+    return 0 if verdict.ok else 1
+
+
 def status(run: str, json: str | None = None) -> None:
     """Lists the layers of a run as trained, frozen or irregular, by comparing the weights with those at its start.
 
@@ -575,6 +629,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "transfer": transfer,
     "sweep": sweep,
+    "trust": trust,
     "status": status,
     "import": import_,
 }
@@ -584,7 +639,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 (the run or the network is at fault), 2 (the input is) or 130 (interrupted)."""
     try:
         command, values = parse(sys.argv[1:] if arguments is None else arguments, COMMANDS)
-        COMMANDS[command](**values)
+        return COMMANDS[command](**values) or 0
     except InputError as error:
         return _fail(error, 2)
     except ArgumentError as error:
@@ -593,7 +648,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("Interrupted; a training run continues with --resume.", 130)
-    return 0
 
 
 def _fail(error: object, code: int) -> int:

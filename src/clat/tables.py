@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from clat.attacks import Attack
 from clat.criticality import LayerScore, ranked
@@ -14,6 +15,7 @@ from clat.runs import Run
 from clat.sweep import Curve, Point
 from clat.threat import Threat
 from clat.transfer import Transfer
+from clat.trust import Verdict
 
 
 def attack_name(name: str, threat: Threat) -> str:
@@ -93,6 +95,20 @@ def strength(curve: Curve, point: Point) -> str:
 def _cell(accuracy: Accuracy) -> str:
     low, high = accuracy.interval
     return f"{100 * accuracy.value:.2f} % ({accuracy.correct})\n\\[{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def trust_table(verdict: Verdict, title: str) -> Table:
+    """The findings of a verdict for a terminal."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for heading, width in (("check", None), ("", None), ("measured", 40), ("threshold (source)", 40), ("time", None)):
+        table.add_column(heading, ratio=width, no_wrap=width is None, justify="right" if heading == "time" else "left")
+    style = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
+    for finding in verdict.findings:
+        status = Text(finding.status, style=style[finding.status])
+        row_style = "dim" if finding.status == "skipped" else None
+        threshold = Text(finding.threshold, style="dim")
+        table.add_row(finding.check, status, finding.measured, threshold, duration(finding.seconds), style=row_style)
+    return table
 
 
 def ranking(scores: list[LayerScore]) -> list[dict[str, Any]]:

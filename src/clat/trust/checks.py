@@ -1,0 +1,365 @@
+"""What each check of ``clat trust`` does; ``battery`` says when it fails and why."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from clat.attacks import Attack, apgd_ce, apgd_targeted, pgd_attack, restarts, square
+from clat.evaluate import Accuracy, autocast
+from clat.health import CHANCE
+from clat.integrity import same_bits
+from clat.layers import first_tensor, logits
+from clat.threat import Images, Labels, Threat, ascend, held
+from clat.trust.check import Outcome, Skip, Status, grade, improbable
+from clat.trust.subject import BATCH, FORWARDS, STEPS, Subject, cross_entropy
+
+DRAWS = 100  # of noise
+TARGETS = 3
+QUERIES = 500
+STARTS = 5
+DIRECTIONS = 20
+SQUARE_TOLERANCE = 0.002  # AA's
+CONVERGED = 0.005
+FORWARD = 1 / 3  # of a forward-and-backward pass
+
+
+# The network as it is given
+
+
+def clean_accuracy(s: Subject) -> Outcome:
+    accuracy = Accuracy(int(s.right.sum()), s.n)
+    chance = 1 / s.scores.shape[1]
+    status: Status = "fail" if accuracy.value <= CHANCE * chance else "pass"
+    return status, f"{accuracy} clean; chance is {100 * chance:.0f} %", {**accuracy.to_json(), "chance": chance}
+
+
+def normalisation(s: Subject) -> Outcome:
+    """Compares the accuracy with that after each usual normalisation outside the network, image by image."""
+    channels = s.x.shape[1]
+    known = {"mean and std of the data": s.statistics, "range [-1, 1]": ([0.5] * channels, [0.5] * channels)}
+    if channels == 3:
+        known["mean and std of ImageNet"] = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    known["range [0, 255]"] = ([0.0] * channels, [1 / 255] * channels)
+    gains = {}
+    for name, statistics in known.items():
+        mean, std = (s.x.new_tensor(values).view(-1, 1, 1) for values in statistics)
+        right = s.score((s.x - mean) / std).argmax(1) == s.y
+        gains[name] = int((right & ~s.right).sum()), int((s.right & ~right).sum())
+    best = max(gains, key=lambda name: gains[name][0] - gains[name][1])
+    gained, lost = gains[best]
+    gain, evidence = gained - lost, {"gained_and_lost": gains}
+    if gain > 0.05 * s.n and improbable(gained, gained + lost, 0.5):
+        text = f"{gain} of {s.n} images more are right with inputs normalised to {best}; if so, do that in the network"
+        return "fail" if gain > 0.15 * s.n else "warn", text, evidence
+    return "pass", f"no usual normalisation gains more than {max(gain, 0)} of {s.n} images", evidence
+
+
+def mode(s: Subject) -> Outcome:
+    with held(s.model), torch.no_grad():
+        training = {_titled(name, module): module for name, module in s.model.named_modules() if module.training}
+        before = {name: buffer.clone() for name, buffer in s.model.named_buffers()}
+        s.model(s.x[:BATCH])
+        moved = [name for name, buffer in s.model.named_buffers() if not same_bits(buffer, before[name])]
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    active = [name for name, module in training.items() if isinstance(module, kinds)]
+    evidence = {"training": list(training), "moved_buffers": moved}
+    if moved or active:
+        return "fail", f"in train mode after eval(): {_listed(active)}; buffers that change: {_listed(moved)}", evidence
+    if training:
+        return "warn", f"in train mode after eval(): {_listed(list(training))}", evidence
+    return "pass", f"all modules in eval mode, {len(before)} buffers unmoved", evidence
+
+
+def _titled(name: str, module: nn.Module) -> str:
+    return f"{name or 'the network'} ({type(module).__name__})"
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "none"
+
+
+def deterministic(s: Subject) -> Outcome:
+    correct = [int((run.argmax(1) == s.y).sum()) for run in s.runs]
+    evidence = {"correct": correct, "distance": s.spread}
+    if not s.draws:
+        return "pass", f"scores of {FORWARDS} runs differ by at most {s.spread:.0e}", evidence
+    evidence["module"] = module = random_module(s)
+    text = f"scores of {FORWARDS} runs differ by up to {s.spread:.1g}; random numbers enter in {module}"
+    return "fail", text, evidence
+
+
+def random_module(s: Subject) -> str:
+    """The first module to return something else for the same input, by dotted name and type."""
+
+    def run() -> list[tuple[str, Tensor, Tensor]]:
+        calls: list[tuple[str, Tensor, Tensor]] = []
+
+        def hook(name: str) -> Callable[..., None]:
+            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+                if inputs:
+                    calls.append((_titled(name, module), first_tensor(inputs[0]).clone(), first_tensor(output).clone()))
+
+            return keep
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in s.model.named_modules()]
+        try:
+            with held(s.model), torch.no_grad():
+                s.model(s.x[:8])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    for _ in range(FORWARDS):
+        for (name, x, output), (_, again_x, again) in zip(run(), run(), strict=False):
+            if same_bits(x, again_x) and not same_bits(output, again):
+                return name
+    return "the network"
+
+
+def alone(s: Subject) -> Outcome:
+    few = min(8, s.n // 2)
+    if not few:
+        raise Skip("there is one image only")
+    if s.draws:
+        raise Skip("the network draws random numbers")
+    apart = nn.functional.normalize(s.score(s.x[:few])) - nn.functional.normalize(s.scores[:few])
+    distance = float(apart.norm(dim=1).max())
+    text = f"scores of {few} images by themselves and in a batch of {min(BATCH, s.n)} differ by {distance:.0e}"
+    return "fail" if distance > 0.01 else "pass", text, {"distance": distance}
+
+
+def logits_range(s: Subject) -> Outcome:
+    low, high = float(s.scores.min()), float(s.scores.max())
+    off = float((s.scores.sum(1) - 1).abs().max())
+    evidence = {"min": low, "max": high, "sum_off_one": off}
+    if high < 1 + 1e-5 and low > -1e-5 and off < 1e-5:
+        return "fail", "the scores of each image lie in [0, 1] and sum to 1: they are probabilities", evidence
+    return "pass", f"scores lie in [{low:.3g}, {high:.3g}]", evidence
+
+
+class _Differentiations(TorchFunctionMode):
+    """Counts the calls of autograd."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+        return func(*args, **(kwargs or {}))
+
+
+def static(s: Subject) -> Outcome:
+    with held(s.model), _Differentiations() as seen:
+        s.model(s.x[:2])
+    text = f"a forward pass calls autograd {seen.count} times"
+    return "fail" if seen.count else "pass", text, {"calls": seen.count}
+
+
+def gradients(s: Subject) -> Outcome:
+    if isinstance(s.gradients, str):
+        return "fail", f"the backward pass fails: {s.gradients}", {"error": s.gradients}
+    evidence: dict[str, Any] = {"images": int(s.right.sum())}
+    words, worst = [], 0
+    for name, gradient in s.gradients.items():
+        flat = gradient[s.right].flatten(1)
+        bad = ~torch.isfinite(flat).all(1)
+        zero = (flat == 0).all(1)
+        zeros = int((flat == 0).sum()) / max(flat.numel(), 1)
+        evidence[name] = {"zero": int(zero.sum()), "not_finite": int(bad.sum()), "zero_entries": zeros}
+        words.append(f"{name} {int(zero.sum())} zero, {int(bad.sum())} not finite")
+        worst = max(worst, int((zero | bad).sum()))
+    status = grade(worst, s.n, SQUARE_TOLERANCE)
+    return status, f"of {evidence['images']} images' gradients: {'; '.join(words)}", evidence
+
+
+# The attack itself
+
+
+def attack_valid(s: Subject) -> Outcome:
+    if not s.right.any():
+        raise Skip("no image is classified correctly")
+    if s.draws:
+        raise Skip("the network draws random numbers, so that no two attacks on an image compare")
+    if isinstance(s.gradients, str):
+        raise Skip("the network has no backward pass")
+    if not all(torch.isfinite(gradient).all() for gradient in s.gradients.values()):
+        raise Skip("gradients are not finite")
+    found = s.pgd()
+    distance = float(s.threat.distance(found.images, s.x).max())
+    low, high = (value.item() for value in torch.aminmax(found.images))
+    fooled = found.fooled & s.right
+    again = int((fooled & (s.predict(found.images) != s.y)).sum())
+    lost = int(fooled.sum()) - again
+    evidence = {"distance": distance, "low": low, "high": high, "broken": int(fooled.sum()), "broken_again": again}
+    text = f"moves by at most {distance:.4g}; breaks {int(fooled.sum())} images, {again} of them on a fresh pass"
+    if distance > s.threat.radius * (1 + 1e-5) + 1e-6 or low < 0 or high > 1:
+        return "fail", text, evidence
+    return grade(lost, s.n, SQUARE_TOLERANCE), text, evidence
+
+
+def loss_gap(s: Subject) -> Outcome:
+    classes, radius, norm = s.scores.shape[1], s.threat.radius, s.threat.norm
+    s.attack(apgd_ce(radius, norm, steps=STEPS, seed=s.seed), s.standing, white_box=True)
+    left = int(s.standing.sum())
+    targeted = apgd_targeted(radius, classes, norm, steps=STEPS, targets=TARGETS, seed=s.seed)
+    more = int(s.attack(targeted, s.standing, white_box=True).sum())
+    evidence = {"after_cross_entropy": left, "broken_by_margin_only": more, "n": s.n, "note": targeted.note}
+    text = f"targeted APGD breaks {more} of the {left} images that PGD and APGD-CE left ({100 * more / s.n:.1f} points)"
+    if improbable(more, s.n, 0.1):
+        return "fail", text, evidence
+    return "warn" if more > 0.06 * s.n else "pass", text, evidence
+
+
+def beaten_by(make: Callable[[Subject], Attack]) -> Callable[[Subject], Outcome]:
+    """The check that an attack breaks no image that the gradient attacks so far have left standing."""
+
+    def run(s: Subject) -> Outcome:
+        attack, left = make(s), s.standing
+        broken = int(s.attack(attack, left, white_box=False).sum())
+        evidence = {"standing": int(left.sum()), "broken": broken, "n": s.n, "settings": dict(attack.settings)}
+        text = f"{attack.name} breaks {broken} of {int(left.sum())} images that white-box attacks left standing"
+        return grade(broken, s.n, SQUARE_TOLERANCE), text, evidence
+
+    return run
+
+
+def one_step(s: Subject) -> Threat:
+    return Threat(eps=s.threat.radius, step=s.threat.radius, steps=1, norm=s.threat.norm, start="zero")
+
+
+def fgsm(s: Subject) -> Attack:
+    threat = one_step(s)
+
+    def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
+        return ascend(lambda z: cross_entropy(logits(model(z)), y), x, threat, model=model)
+
+    return Attack(name="FGSM", perturb=perturb, threat=threat, passes=1)
+
+
+def noise(s: Subject) -> Attack:
+    def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
+        found = x.clone()
+        with torch.no_grad():
+            for _ in range(DRAWS):
+                drawn = s.threat.first(x)
+                wrong = logits(model(drawn)).argmax(1) != y
+                found[wrong] = drawn[wrong]
+        return found
+
+    settings = {"draws": DRAWS}
+    return Attack(
+        name="noise", perturb=perturb, threat=s.threat, passes=DRAWS * FORWARD, seed=s.seed, settings=settings
+    )
+
+
+def transfer(s: Subject) -> Attack:
+    base = s.base
+    if base is None:
+        raise Skip("no surrogate network was given")
+
+    def perturb(_: nn.Module, x: Images, y: Labels) -> Images:
+        return pgd_attack(base, x, y, s.threat)
+
+    return Attack(name="transferred PGD", perturb=perturb, threat=s.threat, passes=STEPS + 1, seed=s.seed)
+
+
+def few_queries(s: Subject) -> Attack:
+    edge = s.x.shape[2]
+    tile = edge // 5
+    if s.threat.norm == "l2" and (not tile or (edge - 5 * tile) // 2 + edge // tile * tile > edge):
+        raise Skip(f"pyautoattack's l2 Square does not take images of {edge} pixels")
+    return square(s.threat.radius, s.threat.norm, queries=QUERIES, seed=s.seed)
+
+
+def overfitting(s: Subject) -> Outcome:
+    single, pgd_broken = s.attack(fgsm(s), s.right, white_box=False), s.pgd().fooled & s.right
+    clean, after_one, after_many = (int(mask.sum()) for mask in (s.right, s.right & ~single, s.right & ~pgd_broken))
+    evidence = {"clean": clean, "after_fgsm": after_one, "after_pgd": after_many, "n": s.n}
+    text = f"of {clean} right images FGSM leaves {after_one}, PGD-{STEPS} {after_many}"
+    if after_one - after_many <= 0.2 * s.n:
+        return "pass", text, evidence
+    return "fail" if after_one > clean / 2 else "warn", text, evidence
+
+
+# Whether the attack is as strong as it could be
+
+
+def more_steps(s: Subject) -> Outcome:
+    s.pgd()
+    left = s.standing
+    more = int((s.pgd(steps=2 * STEPS).fooled & left).sum())
+    text = f"{2 * STEPS} steps break {more} of the {int(left.sum())} images left standing by {STEPS}"
+    return grade(more, s.n, CONVERGED), text, {"more": more, "standing": int(left.sum()), "n": s.n}
+
+
+def more_starts(s: Subject) -> Outcome:
+    late, starts = 0, restarts(s.threat, 2 * STARTS, s.seed)
+    for number, attack in enumerate(starts[1:], 2):
+        broken = s.attack(attack, s.standing, white_box=True)
+        late += int(broken.sum()) if number > STARTS else 0
+    text = f"starts {STARTS + 1} to {2 * STARTS} break {late} images that no gradient attack before broke"
+    return grade(late, s.n, CONVERGED), text, {"more": late, "standing": int(s.standing.sum()), "n": s.n}
+
+
+def optimised(s: Subject) -> Outcome:
+    found = s.pgd(steps=2 * STEPS)
+    curve = found.curve[:, s.right & ~found.fooled].cummax(0).values
+    if not curve.shape[1]:
+        raise Skip("the attack leaves no image standing")
+    span = (curve[-1] - curve[0]).clamp_min(1e-12)
+    rising = (curve[-1] - curve[-11]) / span > 0.05
+    share = float(rising.float().mean())
+    text = f"the loss of {int(rising.sum())} of {len(rising)} standing images still rises in the last 10 steps"
+    return "warn" if share > 0.1 else "pass", text, {"rising": int(rising.sum()), "standing": len(rising)}
+
+
+def monotone(s: Subject) -> Outcome:
+    radius = s.threat.radius
+    largest = 1.0 if s.threat.norm == "linf" else float("inf")
+    radii = [radius / 4, radius / 2, radius, min(2 * radius, largest)]
+    correct = [int((s.right & ~s.pgd(each).fooled).sum()) for each in radii]
+    rise = max(0, *(b - a for a, b in pairwise(correct)))
+    text = "correct at eps/4, eps/2, eps, 2 eps: " + ", ".join(map(str, correct))
+    return grade(rise, s.n, SQUARE_TOLERANCE), text, {"eps": radii, "correct": correct, "n": s.n}
+
+
+def large_eps(s: Subject) -> Outcome:
+    whole = 1.0 if s.threat.norm == "linf" else float(s.x[0].numel()) ** 0.5
+    half, none = (int((s.right & ~s.pgd(radius).fooled).sum()) for radius in (whole / 2, whole))
+    chance = 1 / s.scores.shape[1]
+    text = f"{half} of {s.n} images withstand PGD at eps {whole / 2:.3g}, {none} at {whole:.3g}"
+    evidence = {"half": half, "unbounded": none, "n": s.n, "chance": chance}
+    if improbable(half, s.n, chance):
+        return "fail", text, evidence
+    return grade(none, s.n, SQUARE_TOLERANCE), text, evidence
+
+
+# The loss surface and the arithmetic
+
+
+def landscape(s: Subject) -> Outcome:
+    x, y, scores = s.x[s.right], s.y[s.right], s.scores[s.right]
+    here = cross_entropy(scores, y)
+    changes = []
+    for _ in range(DIRECTIONS):
+        there = cross_entropy(s.score(s.threat.project(x + (s.threat.first(x) - x) / 2, x)), y)
+        changes.append(((there - here).abs() / here.clamp_min(1e-12)).clamp_max(1))
+    change = float(torch.stack(changes).mean())
+    text = f"the loss changes by {100 * change:.0f} % on average in random directions of eps/2"
+    return "warn" if change > 0.1 else "pass", text, {"relative_change": change}
+
+
+def precision(s: Subject) -> Outcome:
+    images = s.pgd().images
+    full = Accuracy(int((s.predict(images) == s.y).sum()), s.n)
+    with autocast(s.x.device, "bf16"):
+        half = Accuracy(int((s.predict(images) == s.y).sum()), s.n)
+    low, high = full.interval
+    text = f"attacked images: {full.correct} of {s.n} right in fp32, {half.correct} in bf16"
+    status: Status = "pass" if low <= half.value <= high else "warn"
+    return status, text, {"fp32": full.to_json(), "bf16": half.to_json()}
