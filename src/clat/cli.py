@@ -434,6 +434,7 @@ def trust(
     eps: float | str = "8/255",
     attack_norm: Literal["linf", "l2"] = "linf",
     base: str | None = None,
+    layers: str | None = None,
     limit: int = IMAGES,
     budget: float = BUDGET,
     seed: int = 0,
@@ -448,6 +449,8 @@ def trust(
         eps: radius of the ball in pixels of [0, 1], e.g. 8/255
         attack_norm: norm of the ball
         base: a network that attacks are transferred from, such as the one before fine-tuning
+        layers: names, separated by commas, for the attack through them; default those that CLAT selected in the run, or
+            else the most critical 5 %
         limit: use this many images, drawn at random by the seed
         budget: minutes; checks that do not fit are skipped, and the verdict says so
         seed: draws the images and the attacks' random numbers
@@ -463,6 +466,7 @@ def trust(
             eps,
             attack_norm,
             base=surrogate,
+            layers=layers.split(",") if layers else _selected(network),
             limit=limit,
             budget=budget,
             seed=seed,
@@ -585,6 +589,14 @@ def _several(names: Sequence[str]) -> dict[str, nn.Module]:
     if len(set(names)) < len(names):
         raise InputError("A network is named twice; name each once.")
     return {name: load_checkpoint(name)[0] for name in names}
+
+
+def _selected(network: str) -> list[str]:
+    """The layers that CLAT selected in the run that a run folder or a checkpoint in it belongs to, each once."""
+    run = Run(Path(network) if Path(network).is_dir() else Path(network).parent)
+    if not run.exists or run.recipe["tuner"] != "critical":
+        return []
+    return list(dict.fromkeys(name for selection in run.selections for name in selection.layers))
 
 
 def _data(text: str, split: str) -> Dataset:

@@ -12,6 +12,7 @@ from clat.attacks import Norm
 from clat.data import Dataset, to_unit
 from clat.errors import InputError
 from clat.evaluate import Accuracy, check_fits, drawn, seeded, weights_digest
+from clat.layers import layers as layers_of
 from clat.trust.battery import CHECKS
 from clat.trust.check import STATUSES, Check, Finding, Outcome, Skip
 from clat.trust.subject import Subject
@@ -56,6 +57,7 @@ def trust(
     norm: Norm = "linf",
     *,
     base: nn.Module | None = None,
+    layers: Sequence[str] = (),
     limit: int | None = IMAGES,
     budget: float = BUDGET,
     seed: int = 0,
@@ -73,6 +75,7 @@ def trust(
         model: takes pixels in [0, 1], returns class scores (batch, classes)
         eps, norm: the ball
         base: a surrogate for transfer attacks, such as the network before fine-tuning
+        layers: dotted names of those that CLAT selected, for the attack through them; default the most critical 5 %
         limit: use this many images, drawn at random by ``seed``; None is all
         budget: minutes; a check that is estimated not to fit in what is left is skipped, and the verdict says so
         checks: those to run, in this order
@@ -86,8 +89,12 @@ def trust(
     for network in filter(None, (model, base)):
         check_fits(network.to(device), data, device)
     pixels, y = next(data.to(device).batches(len(data), workers=0))
+    known = layers_of(model, to_unit(pixels[:1]))
+    for name in layers:
+        if name not in known:
+            raise InputError(f"The network has no layer {name!r}; clat layers lists them.")
     with seeded(seed, device):
-        subject = Subject(model, to_unit(pixels), y, data.statistics(), eps, norm, base=base, seed=seed)
+        subject = Subject(model, to_unit(pixels), y, data.statistics(), eps, norm, base=base, layers=layers, seed=seed)
         findings = _run(subject, checks, began + 60 * budget, progress)
     text, ok = _verdict(findings, checks)
     attacked = any(finding.check == REFERENCE and finding.status != "skipped" for finding in findings)

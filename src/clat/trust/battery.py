@@ -158,6 +158,16 @@ CHECKS: tuple[Check, ...] = (
         needs=("loss-gap",),
     ),
     Check(
+        id="adaptive",
+        title="an attack through the critical layers breaks nothing that attacks on the output do not",
+        threshold="fail if significantly more than 0.2 points, warn at any",
+        source="the advice of Tramer et al. 2020 (arXiv 2002.08347); 0.2 points after AA, check_square_sr",
+        flaw="attacks through the layers that training made steady break what attacks on the output do not",
+        run=checks.beaten_by(checks.adaptive),
+        passes=3 * (STEPS + 1),
+        needs=("loss-gap",),
+    ),
+    Check(
         id="large-eps",
         title="no accuracy is left in a ball as large as the box",
         threshold="fail if significantly above chance at linf 0.5 (or half the diagonal), or above 0.2 points at 1",

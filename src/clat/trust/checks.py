@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clat.attacks import Attack, apgd_ce, apgd_targeted, pgd_attack, restarts, square
-from clat.evaluate import Accuracy, autocast
+from clat.attacks import Attack, apgd_ce, apgd_targeted, pgd_attack, restarts, square, through_layers
+from clat.criticality import criticality, top
+from clat.evaluate import Accuracy, autocast, native_precision
 from clat.health import CHANCE
 from clat.integrity import same_bits
 from clat.layers import first_tensor, logits
@@ -268,6 +269,12 @@ def transfer(s: Subject) -> Attack:
     return Attack(name="transferred PGD", perturb=perturb, threat=s.threat, passes=STEPS + 1, seed=s.seed)
 
 
+def adaptive(s: Subject) -> Attack:
+    """Through the layers that were named, or else the 5 % that are most critical under the attack."""
+    layers = s.layers or top(criticality(s.model, s.x[:BATCH], s.pgd().images[:BATCH]), 0.05)
+    return through_layers(layers, s.threat.radius, s.threat.norm, steps=STEPS, seed=s.seed)
+
+
 def few_queries(s: Subject) -> Attack:
     edge = s.x.shape[2]
     tile = edge // 5
@@ -355,6 +362,8 @@ def landscape(s: Subject) -> Outcome:
 
 
 def precision(s: Subject) -> Outcome:
+    if native_precision(s.x.device) == "fp32":
+        raise Skip("the device does not compute in bf16")
     images = s.pgd().images
     full = Accuracy(int((s.predict(images) == s.y).sum()), s.n)
     with autocast(s.x.device, "bf16"):

@@ -53,6 +53,7 @@ class Subject:
         x, y: images with pixels in [0, 1] and their labels, on the network's device
         statistics: mean and standard deviation of the data's pixels, per channel
         base: a surrogate network for transfer attacks
+        layers: dotted names of those that the adaptive attack goes through
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Subject:
         norm: Norm,
         *,
         base: nn.Module | None = None,
+        layers: Sequence[str] = (),
         seed: int = 0,
     ):
+        self.layers = layers
         self.model, self.x, self.y, self.statistics, self.base, self.seed = model, x, y, statistics, base, seed
         self.threat = pgd(eps, STEPS, norm)
         self.right = self.predict(x) == y
