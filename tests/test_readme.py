@@ -17,8 +17,12 @@ SMALL = {
     "train": "--epochs 1 --holdout 20 --batch_size 20 --threat.steps 1 --validation_steps 1 --health false",
     "finetune": "--epochs 1 --holdout 20 --batch_size 20 --threat.steps 1 --validation_steps 1",
     "evaluate": "--limit 20 --steps 1",
+    "trust": "--limit 20 --budget 0.5",
+    "transfer": "--limit 20 --steps 1",
+    "sweep": "--limit 20 --over_eps 0,8/255 --over_steps 1,2",
     "layers": "--batch 5 --steps 1",
 }
+OR_ONE = (0, 1)  # a network of one epoch on 40 images may well be at chance level, which trust reports
 
 
 def blocks(language: str) -> list[str]:
@@ -42,11 +46,13 @@ def hub(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("hub")
 def test_the_commands_run_in_order(capsys):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("clat ")]
-    assert len(lines) == 6
+    assert len(lines) == 9
     for line in lines:
         _, command, *rest = shlex.split(line, comments=True)
         rest = ["rn18,width=8" if word == "rn18" else word for word in rest]
-        assert main([command, *rest, *SMALL.get(command, "").split()]) == 0, capsys.readouterr().err
+        code = main([command, *rest, *SMALL.get(command, "").split()])
+        assert code in (OR_ONE if command == "trust" else (0,)), capsys.readouterr().err
+    assert Path("sweep.png").stat().st_size > 10_000
 
 
 def test_the_python_runs(capsys):

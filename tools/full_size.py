@@ -2,7 +2,7 @@
 
     python tools/full_size.py     each network in a process of its own, so that the peak memory is its own
 
-Batch 1 for the two networks of 267 million parameters, 8 for the others; fp32; 10 attack steps; 10 classes, 32x32.
+Batch 1 for the two networks of 267 million parameters, 2 for the others; fp32; 10 attack steps; 10 classes, 32x32.
 """
 
 import json
@@ -33,7 +33,7 @@ TARGET = Path(__file__).parents[1] / "results/full-size.json"
 
 def measure(name: str) -> dict[str, Any]:
     """Seconds and peak memory of a network; k is the paper's."""
-    batch = 1 if "70-16" in name else 8
+    batch = 1 if "70-16" in name else 2
     torch.manual_seed(0)
     model = build_model(name, 10).eval()
     x, y = torch.rand(batch, 3, 32, 32), torch.arange(batch) % 10
