@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import comb
+from math import exp, lgamma, log, log1p
 from typing import Any, Literal, get_args
 
 from clat.trust.subject import Subject
@@ -72,5 +72,8 @@ def grade(count: int, n: int, tolerance: float) -> Status:
 
 def improbable(count: int, n: int, share: float) -> bool:
     """Whether ``count`` or more of n are significantly more than a share, by the exact binomial test at 5 %."""
-    fewer = sum(comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(count))
+    every = lgamma(n + 1)
+    fewer = sum(
+        exp(every - lgamma(k + 1) - lgamma(n - k + 1) + k * log(share) + (n - k) * log1p(-share)) for k in range(count)
+    )
     return 1 - fewer < LEVEL
