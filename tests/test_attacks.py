@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from clat.attacks import apgd_ce, apgd_targeted, autoattack, fab_targeted, pgd, restarts, square, tier
+from clat.attacks import apgd_ce, apgd_targeted, autoattack, fab_targeted, pgd, restarts, square, square_takes, tier
 from clat.data import Dataset
 from clat.errors import InputError
 from clat.evaluate import evaluate
@@ -186,3 +186,17 @@ def test_attacks_on_different_balls_are_refused(short):
             evaluate(model, data, attacks)
     with pytest.raises(InputError, match="no attack"):
         evaluate(model, data, [])
+
+
+@pytest.mark.parametrize("edge", [10, 12, 16, 18])
+def test_l2_square_says_which_images_it_does_not_take(edge):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(edge**2, 3))
+    attack, x = square(0.5, "l2", queries=10), torch.rand(2, 1, edge, edge)
+    y = model(x).argmax(1)
+    if square_takes(edge, "l2"):
+        assert attack.perturb(model, x, y).shape == x.shape
+    else:
+        with pytest.raises(InputError, match=f"images of {edge} pixels"):
+            attack.perturb(model, x, y)
+    assert square(0.1, queries=10).perturb(model, x, y).shape == x.shape

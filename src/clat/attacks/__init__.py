@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clat.attacks.attack import Attack
-from clat.attacks.auto import apgd_ce, apgd_targeted, autoattack, fab_targeted, square
+from clat.attacks.auto import apgd_ce, apgd_targeted, autoattack, fab_targeted, square, square_takes
 from clat.attacks.features import activation, through_layers
 from clat.attacks.pgd import pgd, pgd_attack, restarts
 from clat.errors import InputError
@@ -64,6 +64,7 @@ __all__ = [
     "pgd_attack",
     "restarts",
     "square",
+    "square_takes",
     "through_layers",
     "tier",
 ]

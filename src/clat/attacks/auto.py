@@ -1,6 +1,7 @@
 """AutoAttack and its parts, by pyautoattack, for any number of classes: Croce and Hein 2020."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from clat.attacks.attack import Attack
+from clat.errors import InputError
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat
 
@@ -105,7 +107,23 @@ def square(eps: float | str, norm: Norm = "linf", *, queries: int = 5000, seed: 
             seed=seed,
         )
 
-    return _attack("Square", make, eps, norm, seed, queries / 3, {"queries": queries})
+    attack = _attack("Square", make, eps, norm, seed, queries / 3, {"queries": queries})
+
+    def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
+        if not square_takes(x.shape[2], norm):
+            raise InputError(
+                f"pyautoattack's l2 Square does not take images of {x.shape[2]} pixels; resize them, e.g. with size=32 "
+                "after the data's name, or choose another tier."
+            )
+        return attack.perturb(model, x, y)
+
+    return replace(attack, perturb=perturb)
+
+
+def square_takes(edge: int, norm: Norm) -> bool:
+    """Whether pyautoattack's Square works on images of this many pixels a side: its l2 form fails on 12, 14, 18, ..."""
+    tile = edge // 5
+    return norm == "linf" or (tile > 0 and (edge - 5 * tile) // 2 + edge // tile * tile <= edge)
 
 
 def autoattack(eps: float | str, classes: int, norm: Norm = "linf", *, seed: int = 0) -> tuple[Attack, ...]:

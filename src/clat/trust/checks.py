@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clat.attacks import Attack, apgd_ce, apgd_targeted, pgd_attack, restarts, square, through_layers
+from clat.attacks import Attack, apgd_ce, apgd_targeted, pgd_attack, restarts, square, square_takes, through_layers
 from clat.criticality import criticality, top
 from clat.evaluate import Accuracy, autocast, native_precision
 from clat.health import CHANCE
@@ -276,10 +276,8 @@ def adaptive(s: Subject) -> Attack:
 
 
 def few_queries(s: Subject) -> Attack:
-    edge = s.x.shape[2]
-    tile = edge // 5
-    if s.threat.norm == "l2" and (not tile or (edge - 5 * tile) // 2 + edge // tile * tile > edge):
-        raise Skip(f"pyautoattack's l2 Square does not take images of {edge} pixels")
+    if not square_takes(s.x.shape[2], s.threat.norm):
+        raise Skip(f"pyautoattack's l2 Square does not take images of {s.x.shape[2]} pixels")
     return square(s.threat.radius, s.threat.norm, queries=QUERIES, seed=s.seed)
 
 
