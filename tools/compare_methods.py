@@ -92,6 +92,7 @@ def report(runs: Path) -> None:
     base = Run(runs / BASE)
     about = {key: base.environment[key] for key in ("packages", "processor", "cores", "threads", "parameters", "data")}
     about["training_attack_steps"] = STEPS
+    about["timing"] = "one thread each, beside up to three other jobs on two cores"
     about["precision"] = base.recipe["precision"]
     about["attack"] = f"PGD-20, linf, eps 8/255, fp32, on {TEST_IMAGES} test images drawn at random, seed 0"
     TARGET.write_text(json.dumps({"about": about, "seeds": 1, "rows": rows}, indent=1) + "\n")
