@@ -123,7 +123,7 @@ def square(eps: float | str, norm: Norm = "linf", *, queries: int = 5000, seed: 
 def square_takes(edge: int, norm: Norm) -> bool:
     """Whether pyautoattack's Square works on images of this many pixels a side: its l2 form fails on 12, 14, 18, ..."""
     tile = edge // 5
-    return norm == "linf" or (tile > 0 and (edge - 5 * tile) // 2 + edge // tile * tile <= edge)
+    return norm == "linf" or tile == 1 or (tile > 1 and (edge - 5 * tile) // 2 + edge // tile * tile <= edge)
 
 
 def autoattack(eps: float | str, classes: int, norm: Norm = "linf", *, seed: int = 0) -> tuple[Attack, ...]:
