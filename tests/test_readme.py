@@ -22,7 +22,6 @@ SMALL = {
     "sweep": "--limit 20 --over_eps 0,8/255 --over_steps 1,2",
     "layers": "--batch 5 --steps 1",
 }
-OR_ONE = (0, 1)  # a network of one epoch on 40 images may well be at chance level, which trust reports
 
 
 def blocks(language: str) -> list[str]:
@@ -51,7 +50,8 @@ def test_the_commands_run_in_order(capsys):
         _, command, *rest = shlex.split(line, comments=True)
         rest = ["rn18,width=8" if word == "rn18" else word for word in rest]
         code = main([command, *rest, *SMALL.get(command, "").split()])
-        assert code in (OR_ONE if command == "trust" else (0,)), capsys.readouterr().err
+        at_chance = command == "trust" and code == 1  # as a network of one epoch on 40 images may well be
+        assert code == 0 or at_chance, capsys.readouterr().err
     assert Path("sweep.png").stat().st_size > 10_000
 
 

@@ -348,7 +348,7 @@ def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
 
 
 def native_precision(device: torch.device | str) -> Literal["fp32", "bf16"]:
-    """bf16 if the device has instructions for it, else fp32: without them, bf16 takes ten times as long on a CPU."""
+    """bf16 if the device has instructions for it, else fp32: without them, bf16 is the slower one."""
     if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

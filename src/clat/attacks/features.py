@@ -51,7 +51,7 @@ def through_layers(
             return ascend(lambda z: cost(logits(model(z)), y), x, threat, model=model, keep="best", start=start)
 
         best, highest = start, margin(logits(model(start)), y)
-        for x_adv in (climbed(_cross_entropy), climbed(margin)):
+        for x_adv in (climbed(cross_entropy), climbed(margin)):
             found = margin(logits(model(x_adv)), y)
             best = torch.where(per_image(found > highest, x), x_adv, best)
             highest = torch.maximum(found, highest)
@@ -124,7 +124,8 @@ def margin(scores: Tensor, y: Labels) -> Tensor:
     return scores.masked_fill(right, -torch.inf).amax(1) - scores[right]
 
 
-def _cross_entropy(scores: Tensor, y: Labels) -> Tensor:
+def cross_entropy(scores: Tensor, y: Labels) -> Tensor:
+    """The cross-entropy, image by image (batch,), of class scores (batch, classes)."""
     return F.cross_entropy(scores, y, reduction="none")
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clat.attacks import Attack, Norm, pgd
-from clat.attacks.features import margin
+from clat.attacks.features import cross_entropy, margin
 from clat.evaluate import predict, seeded
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat, ascend, held, per_image
@@ -23,11 +23,6 @@ FORWARDS = 5  # of the same images, after AutoAttack's check_randomized
 SAME = 1e-4  # the distance of scores that it tolerates
 
 Loss = Callable[[Tensor, Labels], Tensor]  # class scores and labels -> one value per image
-
-
-def cross_entropy(scores: Tensor, y: Labels) -> Tensor:
-    """The cross-entropy of each image."""
-    return F.cross_entropy(scores, y, reduction="none")
 
 
 LOSSES: dict[str, Loss] = {"cross-entropy": cross_entropy, "margin": margin}
