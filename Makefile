@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test bench lint format
 
 demo: .venv
 	$(BIN)/clat demo --overwrite
@@ -11,14 +11,18 @@ demo: .venv
 test: .venv lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
+bench: .venv
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python bench/run.py
+
 lint: .venv
-	$(BIN)/ruff check src tests tools
-	$(BIN)/ruff format --check src tests tools
+	$(BIN)/ruff check src tests tools bench
+	$(BIN)/ruff format --check src tests tools bench
 	$(BIN)/mypy
 
 format: .venv
-	$(BIN)/ruff check --fix src tests tools
-	$(BIN)/ruff format src tests tools
+	$(BIN)/ruff check --fix src tests tools bench
+	$(BIN)/ruff format src tests tools bench
 
 .venv: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -160,8 +160,13 @@ def test_the_feature_attack_runs_only_as_far_as_the_deepest_selected_layer(plain
     for name in runs:
         getattr(plain, name).register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
     select(plain, "first")
-    Clat(attack="feature").perturb(plain, x, y, Threat(steps=5))
-    assert runs == {"second": 1, "last": 1}  # the pass that records the clean features
+    objective = Clat(attack="feature")
+    objective.perturb(plain, x, y, Threat(steps=5))
+    assert runs == {"second": 1, "last": 1}  # the pass that records the clean features and counts the layer's calls
+    objective.loss(plain, x, x, y)
+    assert runs == {"second": 2, "last": 2}  # the cross-entropy's
+    objective.perturb(plain, x, y, Threat(steps=5))
+    assert runs == {"second": 2, "last": 2}
 
 
 def test_a_zero_start_is_refused_for_the_feature_attack(plain, images):

@@ -102,7 +102,7 @@ def trace(model: nn.Module, x: Images) -> list[Call]:
     handles = [module.register_forward_hook(on_layer(name, module)) for name, module in layer_modules(model).items()]
     handles += [module.register_forward_pre_hook(on_norm) for module in norms]
     with held(model), _hooked(handles):
-        model(x)
+        _eager(model, x)
     if not calls:
         raise InputError(
             f"{type(model).__name__} ran no convolution, linear layer or attention block, so there is no layer to rank."
@@ -182,9 +182,14 @@ def observe(
 
     with _hooked([module.register_forward_hook(hook) for module in modules.values()]), follow or nullcontext():
         try:
-            return logits(model(x))
+            return logits(_eager(model, x))
         except _Stop:
             return None
+
+
+def _eager(model: nn.Module, x: Images) -> Any:
+    """What the network returns for x; not by way of ``torch.compile``, whose code does not run hooks."""
+    return getattr(model, "_orig_mod", model)._call_impl(x)
 
 
 def lengths(feature: Tensor) -> Tensor:
@@ -198,13 +203,23 @@ def l2(first: Tensor, second: Tensor) -> Tensor:
 
 
 def record(
-    model: nn.Module, x: Images, modules: Mapping[str, nn.Module], *, at: At = "output"
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Class scores and the modules' features; cloned, since a later module may change them in place."""
+    model: nn.Module,
+    x: Images,
+    modules: Mapping[str, nn.Module],
+    *,
+    at: At = "output",
+    stop_after: int | None = None,
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """Class scores and the modules' features; cloned, since a later module may change them in place.
+
+    With ``stop_after``, the number of calls of the modules, the network is left after the last and gives no scores.
+    """
     features: dict[int, Tensor] = {}
-    scores = observe(model, x, modules, lambda number, feature: features.update({number: feature.clone()}), at=at)
-    assert scores is not None
-    return scores, features
+
+    def visit(number: int, feature: Tensor) -> None:
+        features[number] = feature.clone()
+
+    return observe(model, x, modules, visit, at=at, stop_after=stop_after), features
 
 
 def compare(
@@ -238,15 +253,17 @@ def feature_distance(
     *,
     at: At = "output",
     mode: Literal["eval", "batch", "train"] = "eval",
+    calls: int | None = None,
 ) -> Cost:
     """What an attack on features ascends: images z -> how far the modules' features of z are from those of x (batch,).
 
     Args:
         x: images whose features are taken now, without gradients
         mode: how the network runs meanwhile
+        calls: how often the modules run in a forward pass, if that is known; else the network runs to its end once
     """
     with held(model, mode), torch.no_grad():
-        _, recorded = record(model, x, modules, at=at)
+        _, recorded = record(model, x, modules, at=at, stop_after=calls)
     return lambda z: compare(model, z, modules, recorded, between, at=at)[1]
 
 

@@ -18,14 +18,16 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p not in spared]}]
     if spared:
         groups.append({"params": [p for p in parameters if p in spared], "weight_decay": 0.0})
+    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)  # one kernel, where there is one
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
     return torch.optim.SGD(
         groups,
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
+        fused=fused,
     )
 
 

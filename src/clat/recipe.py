@@ -53,6 +53,8 @@ class Recipe:
         clip: largest norm of the gradient; none if not given
         precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation; auto is bf16 where the
             device computes in it natively, elsewhere fp32
+        compile: compile the network with torch.compile, in attacks, loss and validation; passes that features are
+            observed in run uncompiled. The first steps of a run take up to a minute longer
         augment: crop (4 pixels of padding) and flip each training image at random
         images: train on this many images, drawn by holdout_seed; all that are not held out if not given
         holdout: training images held out for validation, the only thing that checkpoints are chosen on
@@ -93,6 +95,7 @@ class Recipe:
     decay: Literal["all", "no_norm", "kernels"] = "all"
     clip: float | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
     augment: bool = True
     images: int | None = None
     holdout: int = 1000

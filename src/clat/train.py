@@ -135,10 +135,13 @@ class _Trainer:
             raise InputError(
                 f"The run in {self.run.folder} was started with other extra images or labels; resume it with the same."
             )
+        if self.recipe.compile:
+            self.model.compile()
         try:
             metrics, overfitted = self._train(resuming, origin)
         finally:
             merge(self.model)
+            self.model._compiled_call_impl = None
         load_weights(self.run.last, self.model)  # if the last epoch was dropped, the one before
         self._finish(metrics, overfitted, self._end(start, metrics))
 

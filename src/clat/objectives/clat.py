@@ -1,6 +1,7 @@
 """The criticality-targeted objective: Eq. 7-9."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -41,6 +42,11 @@ class Clat:
         if not 0 <= self.weight < float("inf"):
             raise InputError(f"clat.weight is {self.weight}; lambda of Eq. 9 must be 0 or more.")
 
+    @cached_property
+    def _calls(self) -> dict[tuple[str, ...], int]:
+        """How often the selected layers run in a forward pass, as the last ``loss`` saw it."""
+        return {}
+
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         """The inner maximisation of Eq. 8: the network runs only as far as its deepest selected layer."""
         if self.attack == "label":
@@ -50,7 +56,9 @@ class Clat:
                 "threat.start is zero, where the feature distance has no gradient; set it to uniform, or clat.attack "
                 "to label."
             )
-        cost = feature_distance(model, x, self._selected(model), self._distance, at=self.at, mode=threat.mode)
+        selected = self._selected(model)
+        calls = self._calls.get(tuple(selected))
+        cost = feature_distance(model, x, selected, self._distance, at=self.at, mode=threat.mode, calls=calls)
         return ascend(cost, x, threat, model=model)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
@@ -60,6 +68,8 @@ class Clat:
         first, second = (x_adv, x) if adversarial else (x, x_adv)
         between: Between = (lambda attacked, clean: self._distance(clean, attacked)) if adversarial else self._distance
         scores, features = record(model, first, selected, at=self.at)
+        assert scores is not None  # it ran to the end
+        self._calls[tuple(selected)] = len(features)
         cross_entropy = F.cross_entropy(scores, y)
         both = self.cross_entropy == "both"
         other, distance = compare(model, second, selected, features, between, at=self.at, whole=both)

@@ -1,0 +1,230 @@
+"""What the bench times: training steps of this library, of other libraries, and the bare arithmetic under each."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from clat import build_model
+from clat.data import Dataset, augment, to_unit
+from clat.layers import trace
+from clat.models import Normalized
+from clat.objectives import Clat
+from clat.recipe import Recipe
+from clat.runs import Run
+from clat.train import _Trainer
+from clat.tuners import Selection
+
+Step = Callable[[], Any]
+
+EPS, LENGTH, STEPS = 0.03, 0.007, 10  # Section 4.1
+
+# The first k layers of the paper's Table 3, k of its Section 4.1; PreActResNet-18, not listed there, has ResNet-18's.
+SELECTIONS = {
+    "rn18": (11,),
+    "rn50": (34, 41, 48),
+    "dn121": (39, 14, 1, 3, 88),
+    "vgg19": (9,),
+    "preactrn18": (11,),
+    "wrn34-10": (26, 1),
+}
+
+PGD_AT = Recipe(holdout=1, precision="auto")
+FEATURE = replace(PGD_AT, objective="clat", tuner="critical", clat=Clat(attack="feature"))
+LABEL = replace(FEATURE, clat=Clat(attack="label"))
+
+
+def network(name: str, device: str, **options: Any) -> Normalized:
+    """A network of 10 classes for 32x32 images, its weights drawn from seed 0."""
+    torch.manual_seed(0)
+    return build_model(name, 10, **options).to(device)
+
+
+def images(count: int, device: str) -> tuple[Tensor, Tensor]:
+    """Random uint8 images (count, 3, 32, 32) with labels: what they show costs no time."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return pixels.to(device), (torch.arange(count) % 10).to(device)
+
+
+def layer_names(model: nn.Module, indices: Sequence[int]) -> list[str]:
+    """The dotted names of the layers with these numbers of the paper."""
+    device = next(model.parameters()).device
+    names = {call.index: call.name for call in trace(model, torch.zeros(1, 3, 32, 32, device=device))}
+    return [names[index] for index in indices]
+
+
+# This library
+
+
+def ours(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor, selected: Sequence[int] = ()) -> Step:
+    """A step of the training loop, from uint8 pixels to the moved weights; CLAT's with these layers selected."""
+    accelerator = Accelerator(cpu=pixels.device.type == "cpu")
+    held_out = Dataset(torch.cat([pixels, pixels]), torch.cat([y, y]), tuple(map(str, range(10))), "random", "train")
+    recipe = replace(recipe, batch_size=len(y))
+    trainer = _Trainer(recipe, model, held_out, Run(Path("none")), accelerator, None)
+    if selected:
+        names = layer_names(model, selected)
+        prefixes = tuple(f"{name}." for name in names)
+        trainable = tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes))
+        trainer._take(Selection(epoch=1, layers=tuple(names), trainable=trainable))
+    else:
+        trainer._take(trainer._select(1))
+    objective = recipe.make_objective()
+
+    def step() -> None:
+        x = to_unit(augment(pixels))
+        trainer._update(objective, x, trainer._attack(objective, x, y), y, 1)
+
+    return step
+
+
+# The bare arithmetic: the same passes through the same network, and nothing else
+
+
+def pgd_at_floor(model: nn.Module, pixels: Tensor, y: Tensor, steps: int = STEPS) -> Step:
+    """``steps`` forward passes with a gradient to the images, then one forward and one full backward pass."""
+    x = to_unit(pixels)
+
+    def step() -> None:
+        with frozen(model):
+            ascend_floor(lambda z: F.cross_entropy(model(z), y), x, steps)
+        model.train()
+        F.cross_entropy(model(x), y).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def clat_floor(
+    model: Normalized, pixels: Tensor, y: Tensor, selected: Sequence[int], *, feature: bool, steps: int = STEPS
+) -> Step:
+    """The same for CLAT: its passes through a network that is cut off at the deepest selected layer.
+
+    For the feature attack, one pass for the clean features and ``steps`` passes with a gradient to the images, all as
+    far as the deepest layer; for the label attack, ``steps`` passes through the whole network. Then the loss: one
+    forward pass, one as far as the deepest layer, and back to the selected layers.
+    """
+    names = [name.removeprefix("network.") for name in layer_names(model, selected)]
+    normalise: Callable[[Tensor], Tensor] = lambda z: (z - model.mean) / model.std  # noqa: E731
+    model.eval()
+    until = create_feature_extractor(model.network, {name: name for name in names})
+    (output,) = [node for node in _nodes(model.network)][-1:]
+    whole = create_feature_extractor(model.network, {name: name for name in [*names, output]})
+    x = to_unit(pixels)
+    trained = [parameter for name in names for parameter in model.network.get_submodule(name).parameters()]
+
+    def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+        parts = [(second[name] - first[name]).flatten(1).norm(dim=1) for name in names]
+        return torch.stack(parts).sum()
+
+    def step() -> None:
+        with frozen(model, until, whole):
+            if feature:
+                with torch.no_grad():
+                    clean = until(normalise(x))
+                ascend_floor(lambda z: distance(clean, until(normalise(z))), x + 0.01, steps)
+            else:
+                ascend_floor(lambda z: F.cross_entropy(model(z), y), x, steps)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        found = whole(normalise(x))
+        other = until(normalise(x + 0.01))
+        (F.cross_entropy(found[output], y) + 0.01 * distance(found, other) / len(y)).backward()
+        for parameter in trained:
+            parameter.grad = None
+
+    return step
+
+
+def ascend_floor(cost: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        z = x.detach().requires_grad_()
+        torch.autograd.grad(cost(z), z)
+
+
+@contextmanager
+def frozen(model: nn.Module, *also: nn.Module) -> Any:
+    """Eval mode and no parameter gradients, afterwards parameter gradients again."""
+    for module in (model, *also):
+        module.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    yield
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def _nodes(model: nn.Module) -> list[str]:
+    from torchvision.models.feature_extraction import get_graph_node_names
+
+    return get_graph_node_names(model)[1]
+
+
+# Other libraries, each as its documentation shows
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    model.train()
+    loss = F.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def by_torchattacks(model: nn.Module, pixels: Tensor, y: Tensor) -> Step:
+    import torchattacks
+
+    attack = torchattacks.PGD(model, eps=EPS, alpha=LENGTH, steps=STEPS)
+    optimizer, x = sgd(model), to_unit(pixels)
+    return lambda: train_on(model, optimizer, attack(x, y), y)
+
+
+def by_foolbox(model: nn.Module, pixels: Tensor, y: Tensor) -> Step:
+    import foolbox
+
+    optimizer, x = sgd(model), to_unit(pixels)
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=LENGTH, steps=STEPS)
+
+    def step() -> None:
+        wrapped = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=x.device)
+        _, attacked, _ = attack(wrapped, x, y, epsilons=EPS)
+        train_on(model, optimizer, attacked, y)
+
+    return step
+
+
+def by_art(model: nn.Module, pixels: Tensor, y: Tensor) -> Step:
+    from art.defences.trainer import AdversarialTrainerMadryPGD
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        model,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=sgd(model),
+        input_shape=(3, 32, 32),
+        nb_classes=10,
+        clip_values=(0, 1),
+        device_type="gpu" if pixels.is_cuda else "cpu",
+    )
+    trainer = AdversarialTrainerMadryPGD(
+        classifier, nb_epochs=1, batch_size=len(y), eps=EPS, eps_step=LENGTH, max_iter=STEPS, num_random_init=1
+    )
+    x, labels = to_unit(pixels).cpu().numpy(), F.one_hot(y, 10).cpu().numpy()
+    return lambda: trainer.fit(x, labels)
+
+
+PEERS = {"torchattacks": by_torchattacks, "foolbox": by_foolbox, "adversarial-robustness-toolbox": by_art}

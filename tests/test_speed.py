@@ -1,0 +1,164 @@
+"""What is done for speed changes no result, for any of the paper's networks."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clat.layers import observe, trace
+from clat.models import build_model
+from clat.objectives import Clat
+from clat.threat import Threat, ascend
+from clat.train import train
+from test_train import CLAT, network
+
+SMALL = {
+    "rn18": {"width": 8},
+    "rn50": {"width": 8},
+    "dn121": {"growth": 8, "blocks": (2, 2, 3, 1)},
+    "vgg19": {"width": 8, "hidden": 8, "dropout": 0.0},
+    "preactrn18": {"width": 8},
+    "wrn34-10": {"depth": 10, "width": 1},
+    "wrn70-16": {"depth": 16, "width": 1, "padding": "asymmetric", "activation": "silu"},
+    "rawrn70-16": {"blocks": (2, 1, 1), "widths": (8, 16, 24), "stem": 8},
+}
+THREAT = Threat(eps=0.1, step=0.05, steps=2)
+
+
+def ready(name: str) -> tuple[nn.Module, list[str]]:
+    """A network with its own statistics (else VGG's features fade to rounding), two layers in the middle training."""
+    torch.manual_seed(0)
+    model = build_model(name, 10, **SMALL[name])
+    model.train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.rand(8, 3, 32, 32))
+    names = [call.name for call in trace(model.eval(), torch.rand(1, 3, 32, 32)) if call.index]
+    chosen = [names[len(names) // 3], names[len(names) // 2]]
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name.startswith(tuple(f"{layer}." for layer in chosen)))
+    return model, chosen
+
+
+def plain_distance(model: nn.Module, chosen: list[str], x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Eq. 7, each pass through the whole network."""
+    return sum(
+        (second - first).flatten(1).norm(dim=1)
+        for first, second in zip(features(model, chosen, x), features(model, chosen, z), strict=True)
+    )
+
+
+def features(model: nn.Module, chosen: list[str], x: torch.Tensor) -> list[torch.Tensor]:
+    found = []
+    handles = [
+        model.get_submodule(layer).register_forward_hook(lambda _m, _i, output: found.append(output.clone()))
+        for layer in chosen
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def flat(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+def close(first: torch.Tensor, second: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((first - second).norm() <= tolerance * second.norm())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_cut_off_pass_has_the_loss_and_gradients_of_the_whole_one(name):
+    model, chosen = ready(name)
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    z = THREAT.first(x)
+    objective = Clat(attack="feature", weight=0.5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    fast = sum(objective.loss(model, x, z, y).values())
+    slow = F.cross_entropy(model(z), y) + 0.5 * plain_distance(model, chosen, x, z).mean()
+    assert close(fast, slow)
+    assert close(*(flat(torch.autograd.grad(loss, trained)) for loss in (fast, slow)))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_cut_off_attack_climbs_as_the_whole_one(name):
+    model, chosen = ready(name)
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    objective = Clat(attack="feature")
+    found = []
+    for _ in range(2):  # the first pass for the clean features runs to the end, the second one stops
+        torch.manual_seed(1)
+        found.append(objective.perturb(model, x, y, THREAT))
+        objective.loss(model, x, found[0], y)
+    torch.manual_seed(1)
+    slow = ascend(lambda z: plain_distance(model, chosen, x, z), x, THREAT, model=model)
+    assert torch.equal(*found)
+    # A sign may turn over where a gradient is all but zero.
+    assert ((found[0] - slow).abs() > 1e-6).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_channels_last_has_the_loss_and_gradients_of_the_default_layout(name):
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    found = []
+    model, _ = ready(name)
+    model.requires_grad_(True)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model.to(memory_format=layout)
+        z = x.clone().requires_grad_()
+        loss = F.cross_entropy(model(z), y)
+        found.append([loss, *torch.autograd.grad(loss, [z, *model.parameters()], allow_unused=True)])
+    pairs = [(a, b) for a, b in zip(*found, strict=True) if b is not None]
+    assert len(pairs) > 10
+    assert close(*pairs[0])
+    assert close(*(flat(side) for side in zip(*pairs[1:], strict=True)))
+
+
+def test_features_are_observed_in_a_compiled_network():
+    model, chosen = ready("rn18")
+    x = torch.rand(2, 3, 32, 32)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        scores = model(x)  # compiles
+    found = []
+    modules = {layer: model.get_submodule(layer) for layer in chosen}
+    assert torch.equal(observe(model, x, modules, lambda number, _: found.append(number)), scores)
+    assert found == [0, 1]
+    assert len(trace(torch.compile(model, backend="eager"), x)) == 21  # three of them shortcuts
+
+
+def test_a_compiled_run_trains_as_an_uncompiled_one(blobs, tmp_path, monkeypatch):
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled(model, backend="aot_eager"))
+    runs = []
+    for compile in (True, False):
+        model = network()
+        recipe = replace(CLAT, epochs=2, compile=compile)
+        runs.append(train(recipe, model, blobs, out=tmp_path / str(compile)))
+        assert model._compiled_call_impl is None
+    first, second = ([entry["loss"] for entry in run.metrics] for run in runs)
+    assert first == pytest.approx(second, rel=1e-3)
+
+
+def test_the_bench_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import run as bench
+
+    small = {"device": "cpu", "batch": 4, "repeats": 2, "width": 8}
+    parts = {
+        "steps rn18": lambda: bench.steps_and_floors("rn18", **small),
+        "by depth": lambda: bench.by_depth((2, 11), **small),
+    }
+    target = tmp_path / "bench.json"
+    found = bench.run(parts, target, "cpu")
+    row = found["parts"]["steps rn18"]
+    assert {len(seconds) for seconds in row["seconds"].values()} == {2}
+    assert 0 < row["clat feature / pgd-at"]["low"] <= row["clat feature / pgd-at"]["high"]
+    parts["steps rn18"] = lambda: pytest.fail("measured twice")
+    assert bench.run(parts, target, "cpu") == found
