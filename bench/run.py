@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from page import tables
 from steps import (
     FEATURE,
     LABEL,
@@ -45,7 +46,7 @@ from clat.runs import environment
 from clat.threat import Threat
 
 TARGET = Path(__file__).parents[1] / "results/bench.json"
-BATCH = {"rn18": 32, "rn50": 8, "dn121": 8, "vgg19": 32, "preactrn18": 32, "wrn34-10": 4}  # a step takes some seconds
+BATCH = {"rn18": 32, "rn50": 4, "dn121": 4, "vgg19": 16, "preactrn18": 16, "wrn34-10": 2}  # a step takes some seconds
 REPEATS = 5
 EPOCH = 50_000  # images
 Rounds = dict[str, list[float]]
@@ -291,16 +292,16 @@ def parts(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
     }
     return {
         **each,
-        "peers": lambda: peers(device, 32, REPEATS),
-        "criticality": lambda: criticality_cost(device, 8, 3),
+        "peers": lambda: peers(device, 16, REPEATS),
+        "criticality": lambda: criticality_cost(device, 8, 2),
         "memory": lambda: memory(128),
         "memory by layers": lambda: memory_by_layers((4, 16, 64)),
-        "by batch": lambda: by_batch((8, 32, 128), device, 3),
+        "by batch": lambda: by_batch((4, 16, 64), device, 3),
         "by attack steps": lambda: by_steps((1, 2, 3, 4, 5, 10), device, 16, 3),
         "by depth": lambda: by_depth((2, 6, 11, 14, 17), device, 16, 3),
         "by processes": lambda: by_processes((1, 2)),
         **layouts,
-        "compiled": lambda: compiled(device, 32, REPEATS),
+        "compiled": lambda: compiled(device, 16, REPEATS),
     }
 
 
@@ -326,4 +327,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["memory"]:
         print(memory_of(sys.argv[2], int(sys.argv[3]), device))
     else:
-        run(parts(device), TARGET, device)
+        todo = {} if sys.argv[1:2] == ["tables"] else parts(device)
+        found = run(todo, TARGET, device)
+        for name, lines in tables(found["parts"]).items():
+            print(f"\n{name}\n", *lines, sep="\n")
