@@ -8,7 +8,6 @@ median over the rounds of the ratio within a round. What was measured in the sam
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -157,9 +156,16 @@ def used(run: Step, device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
     run()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    """Bytes, from Linux's account of this process; that of getrusage has its parent's in it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def memory_of(what: str, size: int, device: str, **options: Any) -> int:

@@ -1,6 +1,7 @@
 """What is done for speed changes no result, for any of the paper's networks."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 from clat.layers import observe, trace
 from clat.models import build_model
 from clat.objectives import Clat
-from clat.threat import Threat, ascend
+from clat.threat import Threat, ascend, fixed_norms
 from clat.train import train
 from test_train import CLAT, network
 
@@ -120,6 +121,57 @@ def test_channels_last_has_the_loss_and_gradients_of_the_default_layout(name):
     assert close(*(flat(side) for side in zip(*pairs[1:], strict=True)))
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_fixed_norms_have_the_loss_and_gradient_of_batch_norm(name):
+    model, _ = ready(name)
+    y, found = torch.arange(4), []
+    x = torch.rand(4, 3, 32, 32)
+    for context in (fixed_norms(model), nullcontext()):
+        z = x.clone().requires_grad_()
+        with context:
+            loss = F.cross_entropy(model(z), y)
+            found.append((loss, *torch.autograd.grad(loss, z)))
+    assert all(close(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_fixed_norms_keep_no_features_and_go_away():
+    norm = nn.BatchNorm2d(3).eval().requires_grad_(False)
+    x = torch.rand(2, 3, 4, 4, requires_grad=True)
+
+    def kept() -> set[torch.Size]:
+        sizes = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.add(t.shape), t)[1], lambda t: t):
+            norm(x * 2)
+        return sizes
+
+    assert x.shape in kept()
+    with fixed_norms(norm):
+        assert x.shape not in kept()
+    assert "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(3),  # in train mode
+        nn.BatchNorm2d(3, track_running_stats=False).eval(),
+        nn.SyncBatchNorm(3).eval(),
+    ],
+)
+def test_other_norms_are_left_alone(norm):
+    with fixed_norms(norm):
+        assert "forward" not in vars(norm)
+
+
+def test_under_autocast_batch_norm_computes_as_ever():
+    norm = nn.BatchNorm2d(3).eval()
+    norm.running_mean += 0.3
+    x = torch.rand(2, 3, 4, 4).bfloat16()
+    plain = norm(x)
+    with fixed_norms(norm):
+        assert torch.equal(norm(x), plain)
+
+
 def test_features_are_observed_in_a_compiled_network():
     model, chosen = ready("rn18")
     x = torch.rand(2, 3, 32, 32)
@@ -160,5 +212,7 @@ def test_the_bench_runs(tmp_path, monkeypatch):
     row = found["parts"]["steps rn18"]
     assert {len(seconds) for seconds in row["seconds"].values()} == {2}
     assert 0 < row["clat feature / pgd-at"]["low"] <= row["clat feature / pgd-at"]["high"]
+    grown = bench.memory_of("clat feature", 16, "cpu", width=8)
+    assert 2**20 < grown < 2**30
     parts["steps rn18"] = lambda: pytest.fail("measured twice")
     assert bench.run(parts, target, "cpu") == found

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clat.errors import InputError
 
@@ -35,8 +36,8 @@ class Threat:
         eps: radius of the ball around each image, in pixels of [0, 1]; a number or text such as 8/255
         step: length of one ascent step, in the same unit
         steps: number of ascent steps
-        lengths: of the steps: constant, or falling on a straight line from nearly twice ``step`` to nearly zero, so that
-            few steps go as far and end as finely as many
+        lengths: of the steps: constant, or falling on a straight line from nearly twice ``step`` to nearly zero, so
+            that few steps go as far and end as finely as many
         norm: the ball's norm
         start: first iterate: uniform in the ball, gaussian (0.001 x N(0, 1), as TRADES) or zero (the image itself)
         mode: how the network runs while it is attacked: eval, batch (batch statistics, running ones kept) or
@@ -184,7 +185,7 @@ def ascend(
 
     Source: Madry et al. 2018; Section 4.1 of the paper.
     """
-    with held(model, threat.mode), torch.enable_grad():
+    with held(model, threat.mode), fixed_norms(model), torch.enable_grad():
         x = x.detach()
         x_adv = threat.first(x) if start is None else threat.project(start.detach(), x)
         best, best_cost = x_adv, None
@@ -238,3 +239,49 @@ def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> 
                 # Untouched ones may belong to a graph that is still needed. BatchNorm in train mode bumps no version.
                 if mode == "batch" or buffer._version != version:
                     buffer.copy_(copy)
+
+
+@contextmanager
+def fixed_norms(model: nn.Module) -> Iterator[None]:
+    """Runs BatchNorm that is in eval mode as what it is then, x scale + shift, channel by channel.
+
+    Unlike torch's own, that keeps none of its input for the backward pass, which halves the memory of an attack, and
+    its gradient is one multiplication. Only where scale and features have the same precision: under autocast torch's
+    own computes in the higher one. A compiled network is left alone, since it would be compiled anew at each attack.
+    """
+    compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
+    norms = [] if compiled else [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [norm for norm in norms if _is_fixed(norm)]
+    for norm in norms:
+        vars(norm)["forward"] = _fixed(norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del vars(norm)["forward"]
+
+
+def _is_fixed(norm: _BatchNorm) -> bool:
+    """In eval mode, with statistics, and running torch's own code."""
+    own = type(norm).forward is _BatchNorm.forward and "forward" not in vars(norm)
+    return own and not norm.training and norm.running_mean is not None
+
+
+def _fixed(norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    with torch.no_grad():
+        scale = torch.rsqrt(variance + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+    usual = norm.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dtype != scale.dtype or x.dim() < 2 or x.shape[1] != len(scale):
+            return usual(x)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+    return forward
