@@ -15,6 +15,9 @@ def tables(parts: Parts) -> dict[str, list[str]]:
         "depth": by_depth(parts["by depth"]),
         "batch": by_batch(parts["by batch"]),
         "layout": layouts(parts),
+        "memory": memory(parts["memory"]),
+        "memory by layers": memory_by_layers(parts["memory by layers"]),
+        "others": others(parts),
     }
 
 
@@ -84,3 +87,34 @@ def layouts(parts: Parts) -> list[str]:
     lines = ["| network | " + " | ".join(row["network"] for row in found) + " |", "|---|" + "---|" * len(found)]
     cells = [span(row["contiguous / channels-last"]) for row in found]
     return [*lines, "| default layout / channels-last | " + " | ".join(cells) + " |"]
+
+
+def memory(row: dict[str, Any]) -> list[str]:
+    lines = ["| step | MiB | share of PGD-AT |", "|---|---|---|"]
+    for name, used in row["bytes"].items():
+        lines.append(f"| {name} | {used / 2**20:.0f} | {used / row['bytes']['pgd-at']:.2f} |")
+    return lines
+
+
+def memory_by_layers(row: dict[str, Any]) -> list[str]:
+    depths = list(row["forward"])
+    lines = ["| convolutions | " + " | ".join(map(str, depths)) + " |", "|---|" + "---|" * len(depths)]
+    for name, title in {"forward": "a forward pass", "criticality": "criticality of all layers"}.items():
+        lines.append(f"| {title}, MiB | " + " | ".join(f"{row[name][depth] / 2**20:.0f}" for depth in depths) + " |")
+    return lines
+
+
+def others(parts: Parts) -> list[str]:
+    compiled, processes = parts["compiled"], parts["by processes"]
+    return [
+        "| what | measured |",
+        "|---|---|",
+        "| selection (attack and criticality of all layers, 100 images) on DenseNet-121 / an epoch of PGD-AT on 50,000 "
+        f"images | {100 * parts['criticality']['share_of_epoch']:.2f} % |",
+        f"| PGD-AT step uncompiled / compiled, ResNet-18 | {span(compiled['eager / compiled'])} |",
+        f"| first compiled step | {compiled['first_step_seconds']:.0f} s |",
+        *(
+            f"| epoch of 512 images, ResNet-18 of width 16, {name} on two cores | {seconds(processes, name):.1f} s |"
+            for name in processes["seconds"]
+        ),
+    ]

@@ -68,6 +68,33 @@ def test_the_full_size_table_is_that_of_its_result_file_and_has_every_network():
     assert [row["network"] for row in rows] == list(NETWORKS) == [name for name in MODELS if name != "mixed"]
 
 
+def test_the_performance_tables_are_those_of_their_result_files():
+    sys.path.insert(0, str(ROOT / "bench"))
+    import cheaper
+    from page import tables
+
+    text = (ROOT / "docs/performance.md").read_text()
+    found = json.loads((ROOT / "results/bench.json").read_text())
+    for name, lines in tables(found["parts"]).items():
+        assert "\n".join(lines) in text, name
+    assert "\n".join(cheaper.markdown(json.loads((ROOT / "results/cheaper.json").read_text()))) in text
+
+
+def test_the_verdicts_are_those_of_their_result_file():
+    from verdicts import markdown
+
+    rows = json.loads((ROOT / "results/verdicts.json").read_text())
+    assert "\n".join(markdown(rows)) in (ROOT / "docs/trust.md").read_text()
+
+
+def test_the_peers_table_is_that_of_its_result_file():
+    from peers import markdown
+
+    found = json.loads((ROOT / "results/peers.json").read_text())
+    assert "\n".join(markdown(found)) in (ROOT / "docs/trust.md").read_text()
+    assert len(found["networks"]) == 2
+
+
 def test_every_recipe_and_network_is_listed():
     text = (ROOT / "docs/baselines.md").read_text()
     for path in (ROOT / "recipes").glob("*.yaml"):

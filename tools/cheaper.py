@@ -107,5 +107,23 @@ def report(runs: Path, base: Path) -> dict[str, Any]:
     return found
 
 
+def markdown(found: dict[str, Any]) -> list[str]:
+    """The table in docs/performance.md, line by line."""
+    n, start = found["judged"], found["start"]
+    lines = ["| training attack | epochs | seed | clean | robust | images gained, lost |", "|---|---|---|---|---|---|"]
+    clean = f"{100 * start['clean'] / n:.1f}"
+    lines.append(f"| before |  |  | {clean} | {_percent(start['robust'])} |  |")
+    for row in found["rows"]:
+        for each in row["seeds"]:
+            robust = _percent(Accuracy(each["robust"], n).to_json())
+            cells = f"{each['seed']} | {100 * each['clean'] / n:.1f} | {robust} | {each['gained']}, {each['lost']}"
+            lines.append(f"| {row['variant'].split(',')[0]} | {row['epochs']} | {cells} |")
+    return lines
+
+
+def _percent(figure: dict[str, Any]) -> str:
+    return f"{100 * figure['accuracy']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+
+
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), list(map(int, sys.argv[4:])) or [0])
