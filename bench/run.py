@@ -1,6 +1,6 @@
 """Speed and memory, side by side in one run; writes results/bench.json and the tables of docs/performance.md.
 
-    python bench/run.py            every part, about 40 minutes on two cores; leave the machine alone meanwhile
+    python bench/run.py            every part, about 20 minutes on two cores; leave the machine alone meanwhile
     python bench/run.py tables     prints the tables again
 
 Contestants of a row run in turn in one process, in alternating order, after a round that warms up; a ratio is the
@@ -45,8 +45,8 @@ from clat.runs import environment
 from clat.threat import Threat
 
 TARGET = Path(__file__).parents[1] / "results/bench.json"
-BATCH = {"rn18": 32, "rn50": 4, "dn121": 4, "vgg19": 16, "preactrn18": 16, "wrn34-10": 2}  # a step takes some seconds
-REPEATS = 5
+BATCH = {"rn18": 16, "rn50": 4, "dn121": 4, "vgg19": 16, "preactrn18": 16, "wrn34-10": 2}  # a step takes some seconds
+REPEATS = 3
 EPOCH = 50_000  # images
 Rounds = dict[str, list[float]]
 
@@ -243,7 +243,7 @@ def by_depth(indices: Sequence[int], device: str, batch: int, repeats: int, **op
 def by_processes(counts: Sequence[int]) -> dict[str, Any]:
     """Seconds of an epoch of PGD-AT on 512 embedded images, the cores shared out among the processes."""
     found: dict[str, list[float]] = {f"{count} processes": [] for count in counts}
-    for number in range(3):
+    for number in range(2):
         for count in counts[:: 1 if number % 2 else -1]:
             with TemporaryDirectory() as folder:
                 command = ["-m", "accelerate.commands.launch", "--num_processes", str(count), "--num_machines", "1"]
@@ -299,7 +299,7 @@ def parts(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         **each,
         "peers": lambda: peers(device, 16, REPEATS),
-        "criticality": lambda: criticality_cost(device, 8, 2),
+        "criticality": lambda: criticality_cost(device, 8, 1),
         "memory": lambda: memory(128),
         "memory by layers": lambda: memory_by_layers((4, 16, 64)),
         "by batch": lambda: by_batch((4, 16, 64), device, 3),
