@@ -36,26 +36,36 @@ def steps(parts: Parts) -> list[str]:
         "clat label / floor",
         "clat feature / pgd-at",
         "clat label / pgd-at",
+        "floors feature",
     )
     lines = [
         "| network, batch | layers | PGD-AT s | PGD-AT / floor | CLAT feature / floor | CLAT label / floor "
-        "| CLAT feature / PGD-AT | CLAT label / PGD-AT |",
-        "|---|---|---|---|---|---|---|---|",
+        "| CLAT feature / PGD-AT | CLAT label / PGD-AT | CLAT feature floor / PGD-AT floor |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in parts.items():
         if name.startswith("steps "):
             cells = " | ".join(span(row[key]) for key in ratios)
             layers = ", ".join(map(str, row["layers"]))
             lines.append(f"| {row['network']}, {row['batch']} | {layers} | {seconds(row, 'pgd-at'):.2f} | {cells} |")
-    return lines
+    found = [row for name, row in parts.items() if name.startswith("steps ")]
+    medians = " | ".join(f"{statistics.median(row[key]['median'] for row in found):.2f}" for key in ratios)
+    return [*lines, f"| median | | | {medians} |"]
 
 
 def peers(row: dict[str, Any]) -> list[str]:
     lines = ["| library | version | s | times as long as clat |", "|---|---|---|---|"]
     lines.append(f"| clat | | {seconds(row, 'clat'):.2f} | 1 |")
+    lines.append(f"| clat in fp32 | | {seconds(row, 'clat fp32'):.2f} | {span(_again(row))} |")
     for name, number in row["versions"].items():
         lines.append(f"| {name} | {number} | {seconds(row, name):.2f} | {span(row[f'{name} / clat'])} |")
     return lines
+
+
+def _again(row: dict[str, Any]) -> dict[str, float]:
+    """The same contestant beside itself: the noise of the machine."""
+    ratios = [b / a for a, b in zip(row["seconds"]["clat"], row["seconds"]["clat fp32"], strict=True)]
+    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
 def by_steps(row: dict[str, Any]) -> list[str]:
