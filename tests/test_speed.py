@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clat.layers import observe, trace
+from clat.layers import observe, record, trace
 from clat.models import build_model
 from clat.objectives import Clat
 from clat.threat import Threat, ascend, fixed_norms
@@ -132,6 +132,18 @@ def test_fixed_norms_have_the_loss_and_gradient_of_batch_norm(name):
             loss = F.cross_entropy(model(z), y)
             found.append((loss, *torch.autograd.grad(loss, z)))
     assert all(close(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_activations_are_followed_through_fixed_norms():
+    model, chosen = ready("rn18")
+    x = torch.rand(2, 3, 32, 32)
+    modules = {layer: model.get_submodule(layer) for layer in chosen}
+    _, plain = record(model, x, modules, at="activation")
+    with fixed_norms(model):
+        _, fixed = record(model, x, modules, at="activation")
+        _, raw = record(model, x, modules)
+    assert all(close(fixed[number], plain[number]) for number in plain)
+    assert not any(close(raw[number], plain[number]) for number in plain)
 
 
 def test_fixed_norms_keep_no_features_and_go_away():

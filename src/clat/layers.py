@@ -267,7 +267,7 @@ def feature_distance(
     return lambda z: compare(model, z, modules, recorded, between, at=at)[1]
 
 
-_NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
+_NORMS = {"addcmul", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
 _ACTIVATIONS = {
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish"),
     *("hardswish", "hardtanh", "softplus", "prelu", "sigmoid", "tanh"),
@@ -292,7 +292,8 @@ class _Follow(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.complete and name in _WEIGHTED:
             raise _Stop
-        tensor = args[0] if args and isinstance(args[0], Tensor) else None
+        place = 1 if name == "addcmul" else 0  # BatchNorm as attacks run it: clat.threat.fixed_norms
+        tensor = args[place] if len(args) > place and isinstance(args[place], Tensor) else None
         reference, number, by_image = self.followed.get(id(tensor), (None, -1, None))
         output = func(*args, **(kwargs or {}))
         if reference is None or by_image is None or reference() is not tensor or not isinstance(output, Tensor):
