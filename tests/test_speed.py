@@ -13,6 +13,7 @@ from torch import nn
 from clat.layers import observe, record, trace
 from clat.models import build_model
 from clat.objectives import Clat
+from clat.speed import choose, layout_of
 from clat.threat import Threat, ascend, fixed_norms
 from clat.train import train
 from test_train import CLAT, network
@@ -208,6 +209,106 @@ def test_a_compiled_run_trains_as_an_uncompiled_one(blobs, tmp_path, monkeypatch
         assert model._compiled_call_impl is None
     first, second = ([entry["loss"] for entry in run.metrics] for run in runs)
     assert first == pytest.approx(second, rel=1e-3)
+
+
+class Viewing(nn.Module):
+    """Flattens its features in a way that channels-last forbids."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.line = nn.Linear(4 * 36, 3)
+
+    def forward(self, x):
+        return self.line(self.conv(x).view(len(x), -1))
+
+
+class Fickle(nn.Module):
+    """Scores by the layout of its kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) * self.conv.weight.stride(1)
+
+
+def timed(monkeypatch, seconds: dict[tuple[str, str], float], margin: float = 1.1) -> list[tuple[str, str]]:
+    """Replaces the clock: what a step takes by precision and layout; returns what is asked for."""
+    asked = []
+
+    def measure(model, _x, _y, precision):
+        asked.append((precision, layout_of(model)))
+        return seconds[asked[-1]]
+
+    monkeypatch.setattr("clat.speed._seconds", measure)
+    monkeypatch.setattr("clat.speed.MARGIN", margin)
+    return asked
+
+
+BATCH = torch.rand(8, 3, 8, 8), torch.arange(8) % 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [((1.0, 0.95), "default"), ((1.0, 0.8), "channels-last"), ((0.8, 1.0), "default")],
+)
+def test_the_layout_that_is_clearly_faster_is_chosen(monkeypatch, seconds, chosen):
+    monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
+    timed(monkeypatch, {("fp32", "default"): seconds[0], ("fp32", "channels-last"): seconds[1]})
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
+    assert choose(model, *BATCH) == ("fp32", chosen)
+    assert layout_of(model) == chosen
+
+
+def test_precision_is_chosen_only_where_bf16_is_native(monkeypatch):
+    seconds = {(p, layout): 1.0 for p in ("fp32", "bf16") for layout in ("default", "channels-last")}
+    asked = timed(monkeypatch, {**seconds, ("fp32", "channels-last"): 0.5})
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
+    monkeypatch.setattr("clat.speed.native_precision", lambda _: "bf16")
+    assert choose(model, *BATCH) == ("fp32", "channels-last")
+    assert set(asked) == set(seconds)
+    assert choose(model, *BATCH, layout="default") == ("bf16", "default")
+    monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
+    asked.clear()
+    assert choose(model, *BATCH, layout="default") == ("fp32", "default")
+    assert choose(model, *BATCH, precision="bf16", layout="default") == ("bf16", "default")
+    assert not asked  # nothing to choose between
+
+
+@pytest.mark.parametrize("network", [Viewing, Fickle])
+def test_a_layout_that_the_network_does_not_bear_is_not_chosen(monkeypatch, network):
+    timed(monkeypatch, {("fp32", "default"): 1.0, ("fp32", "channels-last"): 0.1})
+    monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
+    model = network()
+    assert choose(model, *BATCH) == ("fp32", "default")
+    assert layout_of(model) == "default"
+
+
+def test_the_measurement_leaves_network_and_random_numbers_alone():
+    model = build_model("rn18", 3, width=8).train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    choose(model, *BATCH)
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_keeps_the_layout_that_it_chose_and_gives_the_network_back_in_its_own(blobs, tmp_path, monkeypatch):
+    pairs = {(p, layout): 1.0 for p in ("fp32", "bf16") for layout in ("default", "channels-last")}
+    timed(monkeypatch, {**pairs, ("fp32", "default"): 0.1})
+    model = network()
+    run = train(replace(CLAT, epochs=2), model, blobs, out=tmp_path / "run")
+    assert (run.recipe["precision"], run.recipe["layout"]) == ("fp32", "default")
+    assert layout_of(model) == "channels-last"
+    asked = timed(monkeypatch, pairs)
+    resumed = train(replace(CLAT, epochs=2), network(), blobs, out=tmp_path / "run", resume=True)
+    assert not asked
+    assert resumed.recipe == run.recipe
 
 
 def test_the_bench_runs(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "2 steps, 2 epochs": (2, ("--threat.steps", "2", "--threat.step", "0.02")),
     "2 steps, 7 epochs": (7, ("--threat.steps", "2", "--threat.step", "0.02")),
     "4 feature steps, 2 epochs": (2, (*FEATURE, "--threat.steps", "4", "--threat.step", "0.014")),
-    "3 falling steps, 5 epochs": (5, ("--threat.steps", "3", "--threat.step", "0.014", "--threat.lengths", "falling")),
+    "2 falling steps, 7 epochs": (7, ("--threat.steps", "2", "--threat.step", "0.02", "--threat.lengths", "falling")),
 }
 IMAGES, JUDGED = 5000, 2000
 TARGET = Path(__file__).parents[1] / "results/cheaper.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from clat.errors import InputError
@@ -26,14 +26,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        usual = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(usual)  # safetensors writes files that only their owner can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         with suppress(OSError):  # nothing was written, or its folder is a file
             temporary.unlink()
         raise InputError(
@@ -49,7 +46,9 @@ def write_text(path: Path, text: str) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
     """Writes tensors and JSON facts about them atomically as safetensors."""
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(content, temporary, {KEY: json.dumps(facts)}))
+    # Not save_file, which goes through a file of its own beside the temporary one, and leaves it there if killed.
+    file = save(content, {KEY: json.dumps(facts)})
+    write_atomically(path, lambda temporary: temporary.write_bytes(file))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from clat.averaging import Averaged
 from clat.checkpoint import load_tensors, load_weights, save_checkpoint, save_tensors
 from clat.data import Dataset, augment, to_unit
 from clat.errors import InputError
-from clat.evaluate import autocast, best_device, check_fits, evaluate, native_precision, seeded
+from clat.evaluate import autocast, best_device, check_fits, evaluate, seeded
 from clat.health import check_attack, check_finite, check_learning
 from clat.integrity import State, fingerprint, snapshot, tensors, verify
 from clat.objectives import Objective
 from clat.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from clat.recipe import Recipe
 from clat.runs import Run, environment
+from clat.speed import choose, layout_of, set_layout
 from clat.threat import Images, Labels, Threat
 from clat.tuners.convlora import adapted_layers, merge, merged_state
 from clat.tuners.selection import Selection
@@ -62,15 +64,32 @@ def train(
     run = Run(Path(out))
     resuming = run.claim(resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()  # every process decides before the first one writes
-    if recipe.precision == "auto":
-        chosen = run.recipe["precision"] if resuming else native_precision(accelerator.device)
-        recipe = replace(recipe, precision=chosen)
-    if resuming:
+    if resuming:  # with what was measured when it began
+        stored = run.recipe
+        recipe = replace(recipe, precision=stored["precision"]) if recipe.precision == "auto" else recipe
+        recipe = replace(recipe, layout=stored.get("layout", "default")) if recipe.layout == "auto" else recipe
         _check_same_run(run, recipe, data)
     model.to(accelerator.device)
     check_fits(model, data, accelerator.device)
-    _Trainer(recipe, model, data, run, accelerator, console).fit(resuming, origin)
+    before = layout_of(model)
+    recipe = _settled(recipe, model, data, accelerator)
+    try:
+        _Trainer(recipe, model, data, run, accelerator, console).fit(resuming, origin)
+    finally:
+        set_layout(model, before)
     return run
+
+
+def _settled(recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accelerator) -> Recipe:
+    """The recipe with the precision and layout that its first process finds fastest; the network takes the layout."""
+    size = min(len(data), max(1, recipe.batch_size // accelerator.num_processes))
+    pixels, y = next(data.subset(torch.arange(size)).to(accelerator.device).batches(size, workers=0))
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        found = [choose(model, to_unit(pixels), y, recipe.precision, recipe.layout)]
+    precision, layout = broadcast_object_list(found)[0]
+    set_layout(model, layout)
+    return replace(recipe, precision=precision, layout=layout)
 
 
 def _check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:

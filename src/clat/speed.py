@@ -1,0 +1,95 @@
+"""Which precision and layout of its kernels a network computes fastest in on a device, by measurement."""
+
+import time
+from itertools import product
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clat.evaluate import autocast, native_precision, seeded
+from clat.layers import logits
+from clat.threat import Images, Labels, Threat, ascend, held
+
+Precision = Literal["fp32", "bf16"]
+Layout = Literal["default", "channels-last"]
+LAYOUTS: dict[Layout, torch.memory_format] = {
+    "default": torch.contiguous_format,
+    "channels-last": torch.channels_last,
+}
+MARGIN = 1.1  # what comes first stays unless another is so many times as fast, so that noise does not choose
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """channels-last if most of the kernels of which it can be told are stored so."""
+    kernels = [p for p in model.parameters() if p.dim() == 4]
+    orders = [[p.is_contiguous(memory_format=order) for order in LAYOUTS.values()] for p in kernels]
+    told = [last for default, last in orders if default != last]
+    return "channels-last" if 2 * sum(told) > len(told) else "default"
+
+
+def set_layout(model: nn.Module, layout: Layout) -> None:
+    """Stores the kernels in a layout; their values stay."""
+    model.to(memory_format=LAYOUTS[layout])
+
+
+def choose(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    precision: Precision | Literal["auto"] = "auto",
+    layout: Layout | Literal["auto"] = "auto",
+) -> tuple[Precision, Layout]:
+    """Settles ``auto`` by timing a step of an attack on a batch, and puts the network into the layout.
+
+    bf16 is tried where the device has instructions for it. A layout that the network fails in, as one that flattens
+    with ``view`` may, or in which it gives other scores, is not chosen. It takes about the time of a step of PGD-AT.
+
+    Args:
+        x: images on the network's device, as many as a training step has
+        y: their labels
+    """
+    if layout != "auto":
+        set_layout(model, layout)
+    before, native = layout_of(model), native_precision(x.device)
+    candidates: tuple[Precision, ...] = ("fp32",) if native == "fp32" else ("bf16", "fp32")
+    precisions = candidates if precision == "auto" else (precision,)
+    layouts = sorted(LAYOUTS, key=lambda name: name != before) if layout == "auto" else [before]
+    first, *others = product(precisions, layouts)
+    if not others:
+        return first
+    scores = _scores(model, x)
+    shortest = _seconds(model, x, y, first[0]) / MARGIN
+    chosen = first
+    for pair in others:
+        set_layout(model, pair[1])
+        try:
+            if pair[1] == before or torch.allclose(_scores(model, x), scores, rtol=1e-3, atol=1e-3):
+                seconds = _seconds(model, x, y, pair[0])
+                if seconds < shortest:
+                    shortest, chosen = seconds, pair
+        except RuntimeError:  # also when memory is full
+            continue
+    set_layout(model, chosen[1])
+    return chosen
+
+
+def _scores(model: nn.Module, x: Images) -> Tensor:
+    with held(model), torch.no_grad():
+        return logits(model(x[:8]))
+
+
+def _seconds(model: nn.Module, x: Images, y: Labels, precision: Precision) -> float:
+    """The shortest of three steps of PGD; the first also warms up."""
+
+    def cost(z: Images) -> Tensor:
+        return F.cross_entropy(logits(model(z)), y, reduction="none")
+
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with seeded(0, x.device), autocast(x.device, precision):
+            ascend(cost, x, Threat(steps=1), model=model).sum().item()
+        found.append(time.perf_counter() - start)
+    return min(found)
