@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clat.errors import InputError
 from clat.layers import observe, record, trace
 from clat.models import build_model
 from clat.objectives import Clat
@@ -284,6 +285,11 @@ def test_a_layout_that_the_network_does_not_bear_is_not_chosen(monkeypatch, netw
     model = network()
     assert choose(model, *BATCH) == ("fp32", "default")
     assert layout_of(model) == "default"
+
+
+def test_a_layout_that_is_asked_for_and_not_borne_is_said():
+    with pytest.raises(InputError, match="leave it auto"):
+        choose(Viewing(), *BATCH, layout="channels-last")
 
 
 def test_the_measurement_leaves_network_and_random_numbers_alone():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clat.errors import InputError
 from clat.evaluate import autocast, native_precision, seeded
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat, ascend, held
@@ -49,9 +50,17 @@ def choose(
     Args:
         x: images on the network's device, as many as a training step has
         y: their labels
+    Raises:
+        InputError: the network does not run in the layout that is asked for
     """
     if layout != "auto":
         set_layout(model, layout)
+        try:
+            _scores(model, x)
+        except RuntimeError as error:
+            raise InputError(
+                f"The network does not run with layout {layout} ({' '.join(str(error).split())[:150]}); leave it auto."
+            ) from error
     before, native = layout_of(model), native_precision(x.device)
     candidates: tuple[Precision, ...] = ("fp32",) if native == "fp32" else ("bf16", "fp32")
     precisions = candidates if precision == "auto" else (precision,)
