@@ -19,15 +19,15 @@ TINY = ["--holdout", "200", "--batch-size", "64", "--threat.steps", "1", "--vali
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """The embedded data, but its first 600 training and 100 test images."""
-    from clat import cli
+    from clat.commands import shared
 
-    real = cli.load_data
+    real = shared.load_data
 
     def few(source, split="train", **options):
         data = real(source, split, **options)
         return data.subset(torch.arange(min(len(data), 600 if split == "train" else 100)))
 
-    monkeypatch.setattr(cli, "load_data", few)
+    monkeypatch.setattr(shared, "load_data", few)
 
 
 @pytest.fixture(scope="module")

@@ -31,13 +31,13 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Sixty images in a local folder answer to the names of data sets that a hub would serve."""
-    from clat import cli
+    from clat.commands import shared
 
-    real = cli.load_data
+    real = shared.load_data
     table = datasets.load_dataset(str(ROOT / "src/clat/embedded"), split="train").select(range(60))
     for split in ("train", "test"):
         table.to_parquet(tmp_path / "hub" / f"{split}.parquet")
-    monkeypatch.setattr(cli, "load_data", lambda source, split, **keys: real(str(tmp_path / "hub"), split, **keys))
+    monkeypatch.setattr(shared, "load_data", lambda source, split, **keys: real(str(tmp_path / "hub"), split, **keys))
     monkeypatch.chdir(tmp_path)
     torch.save(build_model("rn18", 10, width=8).network.state_dict(), "downloaded.pt")
 

@@ -330,7 +330,7 @@ def sound_factory(classes: int) -> nn.Module:  # noqa: ARG001
 
 @pytest.mark.parametrize(("factory", "code"), [("sound_factory", 0), ("quantised_factory", 1)])
 def test_the_command(factory, code, undefended, test_images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("clat.cli.load_data", lambda source, split: test_images)
+    monkeypatch.setattr("clat.commands.shared.load_data", lambda source, split: test_images)
     model = build_model(f"{__name__}:{factory}", 10, channels=1)
     target = model.network if code == 0 else model.network[1]
     target.load_state_dict(undefended.state_dict())

@@ -71,8 +71,10 @@ def train(
         _check_same_run(run, recipe, data)
     model.to(accelerator.device)
     check_fits(model, data, accelerator.device)
-    before = layout_of(model)
+    before, asked = layout_of(model), {recipe.precision, recipe.layout}
     recipe = _settled(recipe, model, data, accelerator)
+    if console and accelerator.is_main_process and "auto" in asked:
+        console.print(f"  in {recipe.precision}, layout {recipe.layout}: the fastest here", highlight=False)
     try:
         _Trainer(recipe, model, data, run, accelerator, console).fit(resuming, origin)
     finally:

@@ -1,0 +1,383 @@
+"""The commands that attack a network: evaluate, transfer, sweep and trust."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import rich.progress
+from rich.console import Console
+from torch import nn
+
+from clat.attacks import TierName, activation, pgd, restarts
+from clat.attacks import tier as make_tier
+from clat.checkpoint import checkpoint_path, load_checkpoint
+from clat.commands.shared import console, data_named, numbers, write_json
+from clat.errors import InputError
+from clat.evaluate import Progress, best_device, check_all_fit, check_fits, drawn, pass_seconds, worst_case
+from clat.evaluate import evaluate as evaluate_model
+from clat.pictures import check_picture, draw_curves
+from clat.runs import Run
+from clat.sweep import Curve, Over, threats
+from clat.sweep import sweep as sweep_over
+from clat.tables import (
+    attack_name,
+    duration,
+    evaluation_table,
+    plan,
+    strength,
+    sweep_table,
+    transfer_table,
+    trust_table,
+)
+from clat.threat import Threat
+from clat.transfer import transfer as transfer_between
+from clat.trust import BUDGET, IMAGES
+from clat.trust import trust as trust_model
+
+SEEDS_APART = 1000  # between repeats: more than any attack has random starts
+
+
+def evaluate(
+    network: str,
+    *,
+    data: str,
+    tier: TierName = "quick",
+    split: str = "test",
+    eps: float | str = "8/255",
+    attack_norm: Literal["linf", "l2"] = "linf",
+    steps: int = 20,
+    starts: int = 5,
+    limit: int | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 250,
+    out: str | None = None,
+    json: str | None = None,
+) -> None:
+    """Measures clean and robust accuracy under a tier of attacks, with counts and 95 % Wilson intervals.
+
+    An evaluation that was interrupted goes on where it stopped when the same command is given again.
+
+    Args:
+        network: a checkpoint, or a run folder (its best checkpoint)
+        data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
+        tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000) or full (AutoAttack on all)
+        split: split of the data
+        eps: radius of the ball in pixels of [0, 1], e.g. 8/255
+        attack_norm: norm of the ball
+        steps: PGD steps of the quick tier, each eps / 4 long
+        starts: random starts of the quick tier's PGD
+        limit: evaluate this many images, drawn at random by the seed, in place of the tier's number
+        repeats: evaluate so often, each time with other seeds, and name the lowest accuracy beside the worst case
+        seed: draws the images and the attack's start
+        precision: fp32, or bf16 autocast
+        batch_size: images attacked together; lower it if the device's memory does not suffice
+        out: folder that keeps the evaluation's record; default evaluations beside the checkpoint
+        json: write the result to this file, or to standard output if it is -
+    """
+    for key, value in (("repeats", repeats), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{key} is {value}; it must be 1 or more.")
+    model, _ = load_checkpoint(network)
+    dataset = data_named(data, split)
+    device = best_device()
+    check_fits(model.to(device), dataset, device)
+    tiers = [
+        make_tier(
+            tier, eps, len(dataset.classes), attack_norm, steps=steps, starts=starts, seed=seed + repeat * SEEDS_APART
+        )
+        for repeat in range(repeats)
+    ]
+    limit = tiers[0].images if limit is None else limit
+    chosen = drawn(dataset, limit, seed)
+    path = checkpoint_path(network)
+    talk = console if json != "-" else Console(quiet=True)
+    passes = sum(attack.passes for each in tiers for attack in each.attacks)
+    most = passes * len(chosen) * pass_seconds(model, chosen, batch_size=batch_size, device=device)
+    ball = attack_name("", tiers[0].attacks[0].threat).strip()
+    talk.print(f"{network} on {len(chosen):,} of {len(dataset):,} images of {data} ({split}), {ball}, {precision}")
+    for line in plan(tiers[0].attacks):
+        talk.print(f"  {line}", highlight=False)
+    talk.print(f"  At most {duration(most)} here; images once broken are not attacked again.", style="dim")
+    results = []
+    for each in tiers:
+        with _showing(talk) as progress:
+            result = evaluate_model(
+                model,
+                dataset,
+                each.attacks,
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+                device=device,
+                precision=precision,
+                record=Path(out) if out else path.parent / "evaluations",
+                progress=progress,
+            )
+        results.append(result)
+        talk.print(evaluation_table(result))
+    facts = {"network": str(path), "tier": tier, **results[0].to_json()}
+    if repeats > 1:
+        worst = worst_case(results)
+        lowest = min(results, key=lambda result: result.robust.correct).robust
+        facts["repeats"] = {
+            "runs": [result.to_json() for result in results],
+            "lowest": lowest.to_json(),
+            "worst_case": worst.to_json(),
+        }
+        talk.print(f"Lowest of {repeats} runs: {lowest}", highlight=False)
+        talk.print(f"Worst case of each image over all runs: {worst}", highlight=False)
+    if json is not None:
+        write_json(json, facts)
+    if tier == "quick":
+        talk.print("PGD alone can overstate robustness; --tier full runs AutoAttack.", style="dim")
+
+
+def transfer(
+    networks: list[str],
+    *,
+    data: str,
+    attack: Literal["pgd", "activation"] = "pgd",
+    layer: str | None = None,
+    split: str = "test",
+    eps: float | str = "8/255",
+    attack_norm: Literal["linf", "l2"] = "linf",
+    steps: int | None = None,
+    limit: int = 512,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    json: str | None = None,
+) -> None:
+    """Attacks images on each network and measures every network on them (Table 2): black-box robustness.
+
+    Accuracies are over all images, also those that a network misclassifies clean. An attack on the network itself
+    (white-box) should fool it more than images attacked on another; where it does not, this is said.
+
+    Args:
+        networks: two or more checkpoints or run folders (their best checkpoints)
+        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        attack: pgd, from a random start, or activation (Inkawhich et al. 2019), which is made to transfer
+        layer: whose feature the activation attack moves; one for all networks, or one for each, after commas
+        split: split of the data
+        eps: radius of the ball in pixels of [0, 1], e.g. 8/255
+        attack_norm: norm of the ball
+        steps: steps of the attack; default 20 of eps / 4 for pgd, 10 of eps / 10 for activation
+        limit: attack this many images, drawn at random by the seed
+        seed: draws the images, and the attack's start or guide images
+        precision: fp32, or bf16 autocast
+        json: write the result to this file, or to standard output if it is -
+    """
+    if (layer is None) == (attack == "activation"):
+        raise InputError("--layer NAME goes with --attack activation, and only with it; clat layers lists the names.")
+    models, dataset = _several(networks), data_named(data, split)
+    if layer is None:
+        attacks = list(restarts(pgd(eps, 20 if steps is None else steps, attack_norm), seed=seed))
+    else:
+        guides, count = drawn(dataset, limit, seed), 10 if steps is None else steps
+        attacks = [activation(name, guides, eps, attack_norm, steps=count, seed=seed) for name in layer.split(",")]
+    talk = console if json != "-" else Console(quiet=True)
+    with _showing(talk) as progress:
+        found = transfer_between(
+            models,
+            dataset,
+            attacks[0] if len(attacks) == 1 else attacks,
+            limit=limit,
+            seed=seed,
+            device=best_device(),
+            precision=precision,
+            progress=progress,
+        )
+    ball = attack_name(found.attack, attacks[0].threat)
+    images = f"{found.clean[0].n:,} of {len(dataset):,} images of {data} ({split})"
+    talk.print(f"{ball}, {precision}; {images}", highlight=False)
+    talk.print(transfer_table(found), highlight=False)
+    for source, target in found.stronger:
+        talk.print(
+            f"Warning: images attacked on {source} fool {target} more than those attacked on {target} itself: a sign "
+            "of gradient masking or of too weak an attack; try clat evaluate --tier full.",
+            highlight=False,
+        )
+    if json is not None:
+        write_json(json, found.to_json())
+
+
+def sweep(
+    networks: list[str],
+    *,
+    data: str,
+    over_eps: str = "0,2/255,4/255,8/255,16/255,32/255,64/255",
+    over_steps: str = "1,2,5,10,20,50,100",
+    eps: float | str = "8/255",
+    steps: int = 20,
+    split: str = "test",
+    attack_norm: Literal["linf", "l2"] = "linf",
+    limit: int = 512,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    out: str | None = None,
+    picture: str | None = None,
+    json: str | None = None,
+) -> None:
+    """Measures accuracy as PGD grows stronger, over eps and over its number of steps (Figure 4).
+
+    Each point is measured by itself. Accuracy that rises with the strength of the attack is named: there the attack
+    failed. A sweep that was interrupted goes on where it stopped when the same command is given again.
+
+    Args:
+        networks: checkpoints or run folders (their best checkpoints)
+        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        over_eps: radii of the ball in pixels of [0, 1], 0 being clean, or none to leave this curve out
+        over_steps: numbers of PGD steps, each eps / 4 long, or none to leave this curve out
+        eps: radius of the ball when the number of steps varies
+        steps: number of steps when eps varies
+        split: split of the data
+        attack_norm: norm of the ball
+        limit: evaluate this many images, drawn at random by the seed
+        seed: draws the images and the attack's start
+        precision: fp32, or bf16 autocast
+        out: folder that keeps the evaluations' records; default evaluations beside each checkpoint
+        picture: draw the curves into this file: .png, .pdf or .svg
+        json: write the curves to this file, or to standard output if it is -
+    """
+    lists: dict[Over, str] = {"eps": over_eps, "steps": over_steps}
+    wanted = {over: numbers(text) or [] for over, text in lists.items() if text != "none"}
+    if not wanted:
+        raise InputError("Both curves are left out; sweep over eps or over steps.")
+    if picture is not None:
+        check_picture(Path(picture))
+    for over, strengths in wanted.items():
+        threats(over, strengths, eps=eps, steps=steps, norm=attack_norm)
+    models, dataset, device = _several(networks), data_named(data, split), best_device()
+    check_all_fit(models, dataset, device)
+    talk = console if json != "-" else Console(quiet=True)
+    curves: dict[Over, dict[str, Curve]] = {}
+    for over, strengths in wanted.items():
+        curves[over] = {}
+        for name, model in models.items():
+            with _showing(talk) as progress:
+                curves[over][name] = sweep_over(
+                    model,
+                    dataset,
+                    over,
+                    strengths,
+                    eps=eps,
+                    steps=steps,
+                    norm=attack_norm,
+                    limit=limit,
+                    seed=seed,
+                    device=device,
+                    precision=precision,
+                    record=Path(out) if out else checkpoint_path(name).parent / "evaluations",
+                    progress=progress,
+                )
+        images = min(limit, len(dataset))
+        kind = f"PGD-{steps} {attack_norm}" if over == "eps" else attack_name("PGD", pgd(eps, steps, attack_norm))
+        talk.print(f"{kind}, {precision}; {images:,} of {len(dataset):,} images of {data} ({split})", highlight=False)
+        talk.print(sweep_table(curves[over]), highlight=False)
+        for name, curve in curves[over].items():
+            for weak, strong in curve.rises:
+                talk.print(
+                    f"Warning: the accuracy of {name} rises from {over} {strength(curve, weak)} to "
+                    f"{strength(curve, strong)} ({weak.accuracy.correct} to {strong.accuracy.correct} images): a "
+                    "sign of gradient masking or of too weak an attack; try clat evaluate --tier full.",
+                    highlight=False,
+                )
+    if picture is not None:
+        draw_curves(list(curves.values()), Path(picture))
+    if json is not None:
+        write_json(
+            json, {over: {name: curve.to_json() for name, curve in each.items()} for over, each in curves.items()}
+        )
+
+
+def trust(
+    network: str,
+    *,
+    data: str,
+    split: str = "test",
+    eps: float | str = "8/255",
+    attack_norm: Literal["linf", "l2"] = "linf",
+    base: str | None = None,
+    layers: str | None = None,
+    limit: int = IMAGES,
+    budget: float = BUDGET,
+    seed: int = 0,
+    json: str | None = None,
+) -> int:
+    """Looks for signs that a network's robustness is overstated or its evaluation broken; exit code 1 if there are any.
+
+    Args:
+        network: a checkpoint, or a run folder (its best checkpoint)
+        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        split: split of the data
+        eps: radius of the ball in pixels of [0, 1], e.g. 8/255
+        attack_norm: norm of the ball
+        base: a network that attacks are transferred from, such as the one before fine-tuning
+        layers: names, separated by commas, for the attack through them; default those that CLAT selected in the run, or
+            else the most critical 5 %
+        limit: use this many images, drawn at random by the seed
+        budget: minutes; checks that do not fit are skipped, and the verdict says so
+        seed: draws the images and the attacks' random numbers
+        json: write verdict and findings to this file, or to standard output if it is -
+    """
+    model, _ = load_checkpoint(network)
+    surrogate = load_checkpoint(base)[0] if base else None
+    talk = console if json != "-" else Console(quiet=True)
+    with talk.status("") as line:
+        verdict = trust_model(
+            model,
+            data_named(data, split),
+            eps,
+            attack_norm,
+            base=surrogate,
+            layers=layers.split(",") if layers else _selected(network),
+            limit=limit,
+            budget=budget,
+            seed=seed,
+            device=best_device(),
+            progress=lambda check: line.update(check.title),
+        )
+    ball = attack_name("", Threat(eps=eps, norm=attack_norm)).strip()
+    talk.print(trust_table(verdict, f"{network} on {verdict.clean.n} images of {data} ({split}), {ball}"))
+    talk.print(f"\nVerdict: {verdict.text}.", style="bold" if verdict.ok else "bold red", highlight=False)
+    if json is not None:
+        write_json(json, {"network": str(checkpoint_path(network)), "base": base, **verdict.to_json()})
+    return 0 if verdict.ok else 1
+
+
+@contextmanager
+def _showing(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """A bar for the attack that is running, on a terminal."""
+    with rich.progress.Progress(
+        "{task.description}",
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("")
+
+        def show(now: Progress) -> None:
+            name = f"{now.name} ({now.number} of {now.attacks}), {now.broken} broken"
+            bar.update(task, description=name, completed=now.done, total=now.total)
+
+        yield show
+
+
+def _several(names: Sequence[str]) -> dict[str, nn.Module]:
+    """The networks in these checkpoints and run folders, by the names given."""
+    if len(set(names)) < len(names):
+        raise InputError("A network is named twice; name each once.")
+    return {name: load_checkpoint(name)[0] for name in names}
+
+
+def _selected(network: str) -> list[str]:
+    """The layers that CLAT selected in the run that a run folder or a checkpoint in it belongs to, each once."""
+    run = Run(Path(network) if Path(network).is_dir() else Path(network).parent)
+    if not run.exists or run.recipe["tuner"] != "critical":
+        return []
+    return list(dict.fromkeys(name for selection in run.selections for name in selection.layers))

@@ -1,0 +1,111 @@
+"""The commands about a network as it is: layers, which ranks them, and import, which reads a public checkpoint."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from clat.attacks import pgd
+from clat.checkpoint import save_checkpoint
+from clat.commands.shared import console, data_named, model_options, network_named, numbers, write_json
+from clat.criticality import Norm, attack_output, criticality
+from clat.data import EMBEDDED, to_unit
+from clat.errors import InputError
+from clat.evaluate import best_device, check_fits
+from clat.layers import At
+from clat.models.importing import import_weights
+from clat.tables import attack_name, layer_table, ranking
+from clat.threat import Threat
+
+
+def layers(
+    network: str,
+    data: str = EMBEDDED,
+    split: str = "train",
+    batch: int = 100,
+    eps: float | str = 0.03,
+    steps: int = 10,
+    norm: Norm = "paper",
+    at: At = "output",
+    seed: int = 0,
+    json: str | None = None,
+) -> None:
+    """Ranks the layers of a network by criticality (Eq. 5 and 6), most critical first.
+
+    Args:
+        network: a checkpoint, a run folder (its best checkpoint), or a model name, which starts at random weights
+        data: images to attack: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        split: split of the data
+        batch: number of images, drawn at random
+        eps: radius of the l-infinity ball in pixels of [0, 1], e.g. 8/255
+        steps: PGD steps
+        norm: divide feature distances by N (paper, Eq. 5) or by sqrt N (rms)
+        at: compare features at the layer's output or after its normalisation and activation
+        seed: draws the images and the attack's start
+        json: write the table to this file, or to standard output if it is -
+    """
+    dataset = data_named(data, split)
+    model = network_named(network, dataset)
+    device = best_device()
+    model.to(device)
+    check_fits(model, dataset, device)
+    if batch < 1:
+        raise InputError(f"batch is {batch}; the criticality needs at least one image.")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:batch]
+    pixels, y = next(dataset.subset(order.sort().values).to(device).batches(batch, workers=0))
+    torch.manual_seed(seed)
+    threat = replace(pgd(eps, steps), step=_paper_step(eps))
+    x = to_unit(pixels)
+    scores = criticality(model, x, attack_output(model, x, y, threat), norm=norm, at=at)
+    rows = ranking(scores)
+    if json is not None:
+        facts = {"network": network, "data": data, "images": len(x), "threat": asdict(threat), "norm": norm, "at": at}
+        write_json(json, {**facts, "layers": rows})
+    if json != "-":
+        size = sum(parameter.numel() for parameter in model.parameters())
+        attack = attack_name(f"PGD-{steps}", threat)
+        console.print(layer_table(rows, size, f"Layers of {network}, most critical first ({len(x)} images, {attack})"))
+
+
+def import_(
+    file: str,
+    *,
+    model: str,
+    out: str,
+    classes: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Reads a public PyTorch checkpoint, without executing anything in it, and writes one of clat's.
+
+    Args:
+        file: a file written by torch.save, or a safetensors file
+        model: the network in it, such as rn18, with options after commas, e.g. preactrn18,shortcut_input=raw
+        out: the checkpoint to write
+        classes: number of classes, to be sure; default what the file has
+        mean: the pixels' mean per channel, e.g. 0.4914,0.4822,0.4465; default the file's own, or none
+        std: the pixels' standard deviation per channel; default the file's own, or none
+        overwrite: replace the file at out
+    """
+    if Path(out).exists() and not overwrite:
+        raise InputError(f"{out} is there already; choose another place or add --overwrite.")
+    name, options = model_options(model)
+    imported = import_weights(file, name, classes=classes, mean=numbers(mean), std=numbers(std), **options)
+    save_checkpoint(out, imported.model, imported={"file": file, "scheme": imported.scheme.name})
+    parameters = sum(p.numel() for p in imported.model.parameters())
+    chosen = "".join(f", {key} {value}" for key, value in imported.options.items())
+    normalisation = {
+        "file": "Normalisation as in the file",
+        "given": "Normalisation as given",
+        "none": "No normalisation in the file: if it was trained with one, give --mean and --std",
+    }[imported.normalisation]
+    console.print(f"Names as in {imported.scheme.name}{''.join(f', under {key}' for key in imported.wrapper)}.")
+    console.print(f"{name}{chosen}: {imported.model.spec['classes']} classes, {parameters:,} parameters.")
+    console.print(f"{normalisation}. {imported.scheme.note}".strip())
+    console.print(f"Written to {out}.")
+
+
+def _paper_step(eps: float | str) -> float:
+    """The paper's step, 7/30 of its eps, for any eps."""
+    return Threat(eps=eps).radius * 7 / 30

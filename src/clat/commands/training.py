@@ -1,0 +1,112 @@
+"""The commands that train: demo, train, finetune, and status, which says what a run trained."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clat import demo as demonstration
+from clat.checkpoint import checkpoint_path, load_checkpoint
+from clat.commands.shared import console, data_named, network_named, write_json
+from clat.data import Dataset
+from clat.integrity import IntegrityError, status_since
+from clat.recipe import Recipe
+from clat.runs import Run
+from clat.tables import status_table
+from clat.train import train as train_model
+
+
+def demo(out: str = "clat-demo", resume: bool = False, overwrite: bool = False) -> None:
+    """The whole way on embedded data: pre-train, find critical layers, fine-tune with CLAT, compare with PGD-AT.
+
+    Args:
+        out: folder for the run folders and the table
+        resume: continue an interrupted demo there
+        overwrite: replace the runs of an earlier demo there
+    """
+    demonstration.run(Path(out), resume=resume, overwrite=overwrite, console=console)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    model: str,
+    data: str,
+    out: str,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Trains a network from random weights by a recipe.
+
+    Args:
+        model: a network such as rn18, timm/NAME or package.module:factory; options after commas, e.g. rn18,width=16
+        data: training images: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        out: the run folder
+        resume: continue the run in that folder after its last finished epoch
+        overwrite: replace the run in that folder
+    """
+    dataset = data_named(data, "train")
+    torch.manual_seed(recipe.seed)
+    network = network_named(model, dataset)
+    _run(recipe, network, dataset, out, resume, overwrite, model)
+
+
+def finetune(
+    recipe: Recipe,
+    *,
+    origin: str,
+    data: str,
+    out: str,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Fine-tunes a network from a checkpoint or run by a recipe.
+
+    Args:
+        origin: a checkpoint, or a run folder (its best checkpoint)
+        data: training images, the same as before; options after commas, e.g. photos,size=64
+        out: the run folder
+        resume: continue the run in that folder after its last finished epoch
+        overwrite: replace the run in that folder
+    """
+    network, facts = load_checkpoint(origin)
+    dataset = data_named(data, "train")
+    held = facts.get("holdout", {})
+    if facts.get("data", {}).get("source") == data and held != {"images": recipe.holdout, "seed": recipe.holdout_seed}:
+        console.print(
+            f"Warning: {origin} was trained with holdout {held.get('images')} and holdout_seed {held.get('seed')}; "
+            "with others, it has seen the validation images."
+        )
+    _run(recipe, network, dataset, out, resume, overwrite, str(checkpoint_path(origin)))
+
+
+def status(run: str, json: str | None = None) -> None:
+    """Lists the layers of a run as trained, frozen or irregular, by comparing the weights with those at its start.
+
+    Args:
+        run: a run folder
+        json: write the list to this file, or to standard output if it is -
+    """
+    folder = Run(Path(run))
+    start, selections = folder.start, folder.selections
+    model, _ = load_checkpoint(folder.last)
+    found = status_since(model, start, selections)
+    if json is not None:
+        write_json(json, [asdict(layer) for layer in found])
+    if json != "-":
+        console.print(status_table(found, folder))
+    if any(layer.state == "irregular" for layer in found):
+        raise IntegrityError(f"{run} has irregular layers.")
+
+
+def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, resume: bool, overwrite: bool, origin: str) -> None:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"{recipe.objective} x {recipe.tuner} on {data.source}, {size:,} parameters, from {origin}")
+    run = train_model(recipe, model, data, out=out, resume=resume, overwrite=overwrite, origin=origin, console=console)
+    best = run.result["best"]
+    console.print(
+        f"Best epoch {best['epoch']}: validation clean {100 * best['clean']:.1f} %, robust "
+        f"{100 * best['robust']:.1f} %. Run folder: {out}",
+        highlight=False,
+    )
