@@ -74,7 +74,7 @@ def train(
     before, asked = layout_of(model), {recipe.precision, recipe.layout}
     recipe = _settled(recipe, model, data, accelerator)
     if console and accelerator.is_main_process and "auto" in asked:
-        console.print(f"  in {recipe.precision}, layout {recipe.layout}: the fastest here", highlight=False)
+        console.print(f"  computes in {recipe.precision}, layout {recipe.layout}", highlight=False)
     try:
         _Trainer(recipe, model, data, run, accelerator, console).fit(resuming, origin)
     finally:
