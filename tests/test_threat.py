@@ -31,7 +31,6 @@ def test_eps_is_a_number_or_a_fraction(text, value):
         ({"norm": "l1"}, "linf, l2"),
         ({"start": "corner"}, "uniform"),
         ({"mode": "test"}, "eval"),
-        ({"lengths": "rising"}, "constant, falling"),
     ],
 )
 def test_values_out_of_range_are_refused(keys, says):
@@ -50,19 +49,6 @@ def test_linear_cost_reaches_its_closed_form_optimum(norm, keep, start):
     gain = ((x_adv - x) * weight).sum((1, 2, 3))
     optimum = 0.1 * (weight.abs().sum() if norm == "linf" else weight.norm())
     torch.testing.assert_close(gain, optimum.expand(4), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_falling_steps_shrink_and_go_as_far_as_constant_ones(norm):
-    x, places = torch.full((1, 1, 1, 1), 0.5), []
-
-    def cost(z):
-        places.append(z.item())
-        return z.flatten()
-
-    threat = Threat(eps=0.4, step=0.09, steps=3, norm=norm, start="zero", lengths="falling")
-    end = ascend(cost, x, threat, model=LINEAR)
-    assert [*places, end.item()] == pytest.approx([0.5, 0.65, 0.74, 0.77], abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)

@@ -36,8 +36,6 @@ class Threat:
         eps: radius of the ball around each image, in pixels of [0, 1]; a number or text such as 8/255
         step: length of one ascent step, in the same unit
         steps: number of ascent steps
-        lengths: of the steps: constant, or falling on a straight line from nearly twice ``step`` to nearly zero, so
-            that few steps go as far and end as finely as many
         norm: the ball's norm
         start: first iterate: uniform in the ball, gaussian (0.001 x N(0, 1), as TRADES) or zero (the image itself)
         mode: how the network runs while it is attacked: eval, batch (batch statistics, running ones kept) or
@@ -47,7 +45,6 @@ class Threat:
     eps: float | str = 0.03
     step: float | str = 0.007
     steps: int = 10
-    lengths: Literal["constant", "falling"] = "constant"
     norm: Literal["linf", "l2"] = "linf"
     start: Literal["uniform", "gaussian", "zero"] = "uniform"
     mode: Literal["eval", "batch", "train"] = "eval"
@@ -98,11 +95,9 @@ class Threat:
         radius = self.radius * torch.rand_like(length) ** (1 / x[0].numel())
         return self.project(x + direction * per_image(radius / length, x), x)
 
-    def move(self, x_adv: Images, gradient: Tensor, number: int = 0) -> Images:
-        """Step ``number`` (from 0) along the steepest ascent direction of the norm, not yet projected."""
+    def move(self, x_adv: Images, gradient: Tensor) -> Images:
+        """One step along the steepest ascent direction of the norm, not yet projected."""
         step = float(self.step)
-        if self.lengths == "falling":
-            step *= (2 * (self.steps - number) - 1) / self.steps
         if self.norm == "linf":
             return x_adv + step * gradient.sign()
         length = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-30)
@@ -110,7 +105,6 @@ class Threat:
 
 
 _CHOICES = {
-    "lengths": ("constant", "falling"),
     "norm": ("linf", "l2"),
     "start": ("uniform", "gaussian", "zero"),
     "mode": ("eval", "batch", "train"),
@@ -190,7 +184,7 @@ def ascend(
         x_adv = threat.first(x) if start is None else threat.project(start.detach(), x)
         best, best_cost = x_adv, None
         direction = torch.zeros_like(x)
-        for number in range(threat.steps):
+        for _ in range(threat.steps):
             x_adv = x_adv.detach().requires_grad_()
             values = cost(x_adv)
             (gradient,) = torch.autograd.grad(values.sum(), x_adv)
@@ -199,7 +193,7 @@ def ascend(
             if momentum:
                 length = torch.linalg.vector_norm(gradient.flatten(1), ord=1, dim=1).clamp_min(1e-30)
                 gradient = direction = momentum * direction + gradient / per_image(length, gradient)
-            x_adv = threat.project(threat.move(x_adv.detach(), gradient, number), x)
+            x_adv = threat.project(threat.move(x_adv.detach(), gradient), x)
         if keep == "best":
             with torch.no_grad():
                 x_adv, _ = _better(best, best_cost, x_adv, cost(x_adv))
