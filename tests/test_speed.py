@@ -235,6 +235,14 @@ class Fickle(nn.Module):
         return self.conv(x).mean((2, 3)) * self.conv.weight.stride(1)
 
 
+class Deep(nn.Sequential):
+    """Has a parameter of five dimensions, which torch refuses to store channels-last."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
+        self.volume = nn.Parameter(torch.zeros(1, 2, 2, 2, 2))
+
+
 def timed(monkeypatch, seconds: dict[tuple[str, str], float], margin: float = 1.1) -> list[tuple[str, str]]:
     """Replaces the clock: what a step takes by precision and layout; returns what is asked for."""
     asked = []
@@ -278,7 +286,7 @@ def test_precision_is_chosen_only_where_bf16_is_native(monkeypatch):
     assert not asked  # nothing to choose between
 
 
-@pytest.mark.parametrize("network", [Viewing, Fickle])
+@pytest.mark.parametrize("network", [Viewing, Fickle, Deep])
 def test_a_layout_that_the_network_does_not_bear_is_not_chosen(monkeypatch, network):
     timed(monkeypatch, {("fp32", "default"): 1.0, ("fp32", "channels-last"): 0.1})
     monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
@@ -287,9 +295,10 @@ def test_a_layout_that_the_network_does_not_bear_is_not_chosen(monkeypatch, netw
     assert layout_of(model) == "default"
 
 
-def test_a_layout_that_is_asked_for_and_not_borne_is_said():
+@pytest.mark.parametrize("network", [Viewing, Deep])
+def test_a_layout_that_is_asked_for_and_not_borne_is_said(network):
     with pytest.raises(InputError, match="leave it auto"):
-        choose(Viewing(), *BATCH, layout="channels-last")
+        choose(network(), *BATCH, layout="channels-last")
 
 
 def test_the_measurement_leaves_network_and_random_numbers_alone():

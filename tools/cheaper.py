@@ -4,9 +4,8 @@
 
 Each variant fine-tunes BASE on 5,000 of its training images, for as many epochs as the time of two epochs with the
 recipe's ten steps allows (by the shares of results/bench.json), or for two epochs too, which takes less time then. They
-are judged under PGD-20 on 2,000 training images that neither BASE nor any variant has trained
-on or was chosen on; the test split is not touched. What is done is not done again, so seeds can be shared out among
-processes.
+are judged under PGD-20 on 2,000 training images that neither BASE nor any variant has trained on or was chosen on; the
+test split is not touched. What is done is not done again, so seeds can be shared out among processes.
 """
 
 import json

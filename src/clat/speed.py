@@ -54,8 +54,8 @@ def choose(
         InputError: the network does not run in the layout that is asked for
     """
     if layout != "auto":
-        set_layout(model, layout)
         try:
+            set_layout(model, layout)
             _scores(model, x)
         except RuntimeError as error:
             raise InputError(
@@ -72,8 +72,8 @@ def choose(
     shortest = _seconds(model, x, y, first[0]) / MARGIN
     chosen = first
     for pair in others:
-        set_layout(model, pair[1])
         try:
+            set_layout(model, pair[1])
             if pair[1] == before or torch.allclose(_scores(model, x), scores, rtol=1e-3, atol=1e-3):
                 seconds = _seconds(model, x, y, pair[0])
                 if seconds < shortest:
