@@ -68,7 +68,7 @@ def judge(checkpoint: Path, target: Path, judges: Dataset, run: Run | None = Non
 
 
 def report(runs: Path, base: Path) -> dict[str, Any]:
-    """Each variant's accuracies, and how many images it gains and loses beside the ten steps of the same seed."""
+    """Each variant's accuracies, and how many images it gains and loses beside BASE and the ten steps of its seed."""
     start = json.loads((runs / "base.json").read_text())
     about = Run(base).environment
     found: dict[str, Any] = {
@@ -88,14 +88,13 @@ def report(runs: Path, base: Path) -> dict[str, Any]:
             seed = path.stem.rsplit("-", 1)[1]
             facts = json.loads(path.read_text())
             plain = json.loads((runs / f"10-steps-{seed}.json").read_text())["outcomes"]
-            pairs = list(zip(facts["outcomes"], plain, strict=True))
             each.append(
                 {
                     "seed": int(seed),
                     "clean": facts["clean"],
                     "robust": sum(facts["outcomes"]),
-                    "gained": sum(a and not b for a, b in pairs),
-                    "lost": sum(b and not a for a, b in pairs),
+                    "beside_start": _changed(facts["outcomes"], start["outcomes"]),
+                    "beside_ten_steps": _changed(facts["outcomes"], plain),
                     "selected": facts["selected"],
                     "seconds": facts["seconds"],
                 }
@@ -106,16 +105,25 @@ def report(runs: Path, base: Path) -> dict[str, Any]:
     return found
 
 
+def _changed(now: list[bool], before: list[bool]) -> dict[str, int]:
+    """How many images withstand the attack only now, and how many only before."""
+    pairs = list(zip(now, before, strict=True))
+    return {"gained": sum(a and not b for a, b in pairs), "lost": sum(b and not a for a, b in pairs)}
+
+
 def markdown(found: dict[str, Any]) -> list[str]:
     """The table in docs/performance.md, line by line."""
     n, start = found["judged"], found["start"]
-    lines = ["| training attack | epochs | seed | clean | robust | images gained, lost |", "|---|---|---|---|---|---|"]
+    lines = ["| training attack | epochs | seed | clean | robust | beside before | beside 10 steps |"]
+    lines.append("|---|---|---|---|---|---|---|")
     clean = f"{100 * start['clean'] / n:.1f}"
-    lines.append(f"| before |  |  | {clean} | {_percent(start['robust'])} |  |")
+    lines.append(f"| before |  |  | {clean} | {_percent(start['robust'])} |  |  |")
     for row in found["rows"]:
         for each in row["seeds"]:
             robust = _percent(Accuracy(each["robust"], n).to_json())
-            cells = f"{each['seed']} | {100 * each['clean'] / n:.1f} | {robust} | {each['gained']}, {each['lost']}"
+            sides = [f"+{each[key]['gained']} -{each[key]['lost']}" for key in ("beside_start", "beside_ten_steps")]
+            sides[1] = "" if row is found["rows"][0] else sides[1]
+            cells = f"{each['seed']} | {100 * each['clean'] / n:.1f} | {robust} | {' | '.join(sides)}"
             lines.append(f"| {row['variant'].split(',')[0]} | {row['epochs']} | {cells} |")
     return lines
 
