@@ -251,7 +251,7 @@ def timed(monkeypatch, seconds: dict[tuple[str, str], float], margin: float = 1.
         asked.append((precision, layout_of(model)))
         return seconds[asked[-1]]
 
-    monkeypatch.setattr("clat.speed._seconds", measure)
+    monkeypatch.setattr("clat.speed._step", measure)
     monkeypatch.setattr("clat.speed.MARGIN", margin)
     return asked
 
