@@ -13,7 +13,7 @@ test: .venv lint
 
 bench: .venv
 	$(BIN)/pip install --quiet --editable '.[bench]'
-	$(BIN)/python bench/run.py
+	TQDM_DISABLE=1 $(BIN)/python bench/run.py
 
 lint: .venv
 	$(BIN)/ruff check src tests tools bench

@@ -86,9 +86,7 @@ def _settled(recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accel
     """The recipe with the precision and layout that its first process finds fastest; the network takes the layout."""
     size = min(len(data), max(1, recipe.batch_size // accelerator.num_processes))
     pixels, y = next(data.subset(torch.arange(size)).to(accelerator.device).batches(size, workers=0))
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        found = [choose(model, to_unit(pixels), y, recipe.precision, recipe.layout)]
+    found = [choose(model, to_unit(pixels), y, recipe.precision, recipe.layout)]  # on every process, so all may refuse
     precision, layout = broadcast_object_list(found)[0]
     set_layout(model, layout)
     return replace(recipe, precision=precision, layout=layout)
