@@ -121,6 +121,7 @@ def others(parts: Parts) -> list[str]:
         "|---|---|",
         "| selection (attack and criticality of all layers, 100 images) on DenseNet-121 / an epoch of PGD-AT on 50,000 "
         f"images | {100 * parts['criticality']['share_of_epoch']:.2f} % |",
+        f"| share of PGD-AT's time in convolutions, ResNet-18 | {100 * parts['convolutions']['share']:.0f} % |",
         f"| PGD-AT step uncompiled / compiled, ResNet-18 | {span(compiled['eager / compiled'])} |",
         f"| first compiled step | {compiled['first_step_seconds']:.0f} s |",
         *(

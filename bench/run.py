@@ -107,19 +107,46 @@ def steps_and_floors(name: str, device: str, batch: int, repeats: int, **options
 
 
 def peers(device: str, batch: int, repeats: int, **options: Any) -> dict[str, Any]:
-    """PGD-AT with each library; theirs train the network in torch's default layout, as a user of theirs would."""
+    """PGD-AT with each library; theirs train the network in torch's default layout, as a user of theirs would.
+
+    Contestants are made anew for each round: how their tensors happen to lie in memory makes several percent.
+    """
     pixels, y = images(batch, device)
-    contestants = {"clat": ours(PGD_AT, network("rn18", device, **options), pixels, y)}
-    for name, peer in PEERS.items():
-        plain = network("rn18", device, **options).to(memory_format=torch.contiguous_format)
-        contestants[name] = peer(plain, pixels, y)
-    same = ours(replace(PGD_AT, precision="fp32"), network("rn18", device, **options), pixels, y)
-    contestants["clat fp32"] = same
+
+    def made() -> dict[str, Step]:
+        contestants = {"clat": ours(PGD_AT, network("rn18", device, **options), pixels, y)}
+        for name, peer in PEERS.items():
+            plain = network("rn18", device, **options).to(memory_format=torch.contiguous_format)
+            contestants[name] = peer(plain, pixels, y)
+        same = ours(replace(PGD_AT, precision="fp32"), network("rn18", device, **options), pixels, y)
+        return {**contestants, "clat fp32": same}
+
+    rounds: Rounds = {}
+    for number in range(repeats):
+        contestants = list(made().items())
+        for name, seconds in timed(dict(contestants[:: 1 if number % 2 else -1]), 1).items():
+            rounds[name] = [*rounds.get(name, []), *seconds]
     ratios = {f"{name} / clat": (name, "clat") for name in PEERS} | {
         f"{name} / clat fp32": (name, "clat fp32") for name in PEERS
     }
     versions = {name: version(name) for name in PEERS}
-    return row(timed(contestants, repeats), ratios, network="rn18", batch=batch, versions=versions)
+    return row(rounds, ratios, network="rn18", batch=batch, versions=versions)
+
+
+def convolutions(device: str, batch: int, **options: Any) -> dict[str, Any]:
+    """The share of PGD-AT's time that no library can save: that of the convolutions themselves."""
+    pixels, y = images(batch, device)
+    step = ours(PGD_AT, network("rn18", device, **options), pixels, y)
+    step()
+    with torch.profiler.profile() as profile:
+        step()
+    on_gpu = torch.cuda.is_available()
+    own = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    share = sum(time for name, time in own.items() if "conv" in name) / sum(own.values())
+    return {"network": "rn18", "batch": batch, "share": round(share, 3)}
 
 
 # d: the criticality of all layers
@@ -298,7 +325,8 @@ def parts(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
     }
     return {
         **each,
-        "peers": lambda: peers(device, 16, REPEATS),
+        "peers": lambda: peers(device, 16, 2 * REPEATS),
+        "convolutions": lambda: convolutions(device, 16),
         "criticality": lambda: criticality_cost(device, 8, 1),
         "memory": lambda: memory(128),
         "memory by layers": lambda: memory_by_layers((4, 16, 64)),
