@@ -125,7 +125,8 @@ def others(parts: Parts) -> list[str]:
         f"| PGD-AT step uncompiled / compiled, ResNet-18 | {span(compiled['eager / compiled'])} |",
         f"| first compiled step | {compiled['first_step_seconds']:.0f} s |",
         *(
-            f"| epoch of 512 images, ResNet-18 of width 16, {name} on two cores | {seconds(processes, name):.1f} s |"
+            f"| epoch of 512 images, ResNet-18 of width 16, two cores, processes: {name.split()[0]} "
+            f"| {seconds(processes, name):.1f} s |"
             for name in processes["seconds"]
         ),
     ]

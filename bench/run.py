@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,7 +84,7 @@ def steps_and_floors(name: str, device: str, batch: int, repeats: int, **options
     """Each contestant has a copy of the network, so that what one freezes does not concern another."""
     pixels, y = images(batch, device)
     selected = SELECTIONS[name]
-    made: Callable[[], Any] = lambda: network(name, device, **options)  # noqa: E731
+    made = partial(network, name, device, **options)
     contestants = {
         "pgd-at": ours(PGD_AT, made(), pixels, y),
         "pgd-at floor": pgd_at_floor(made(), pixels, y),

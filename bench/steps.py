@@ -113,13 +113,15 @@ def clat_floor(
     forward pass, one as far as the deepest layer, and back to the selected layers.
     """
     names = [name.removeprefix("network.") for name in layer_names(model, selected)]
-    normalise: Callable[[Tensor], Tensor] = lambda z: (z - model.mean) / model.std  # noqa: E731
     model.eval()
     until = create_feature_extractor(model.network, {name: name for name in names})
-    (output,) = [node for node in _nodes(model.network)][-1:]
+    output = _nodes(model.network)[-1]
     whole = create_feature_extractor(model.network, {name: name for name in [*names, output]})
     x = to_unit(pixels)
     trained = [parameter for name in names for parameter in model.network.get_submodule(name).parameters()]
+
+    def normalise(z: Tensor) -> Tensor:
+        return (z - model.mean) / model.std
 
     def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
         parts = [(second[name] - first[name]).flatten(1).norm(dim=1) for name in names]

@@ -340,6 +340,7 @@ def test_the_bench_runs(tmp_path, monkeypatch):
     row = found["parts"]["steps rn18"]
     assert {len(seconds) for seconds in row["seconds"].values()} == {2}
     assert 0 < row["clat feature / pgd-at"]["low"] <= row["clat feature / pgd-at"]["high"]
+    assert 0 < bench.convolutions("cpu", 4, width=8)["share"] < 1
     assert 2**20 < bench.in_own_process("criticality", 4) < 2**30
     parts["steps rn18"] = lambda: pytest.fail("measured twice")
     assert bench.run(parts, target, "cpu") == found

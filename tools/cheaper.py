@@ -23,6 +23,7 @@ from clat.checkpoint import load_checkpoint, write_text
 from clat.data import Dataset
 from clat.evaluate import Accuracy
 from clat.runs import Run
+from clat.tables import percent
 
 FEATURE = ("--clat.attack", "feature")
 # name: epochs, flags; the first one is clat.yaml as it is
@@ -117,19 +118,15 @@ def markdown(found: dict[str, Any]) -> list[str]:
     lines = ["| training attack | epochs | seed | clean | robust | beside before | beside 10 steps |"]
     lines.append("|---|---|---|---|---|---|---|")
     clean = f"{100 * start['clean'] / n:.1f}"
-    lines.append(f"| before |  |  | {clean} | {_percent(start['robust'])} |  |  |")
+    lines.append(f"| before |  |  | {clean} | {percent(start['robust'])} |  |  |")
     for row in found["rows"]:
         for each in row["seeds"]:
-            robust = _percent(Accuracy(each["robust"], n).to_json())
+            robust = percent(Accuracy(each["robust"], n).to_json())
             sides = [f"+{each[key]['gained']} -{each[key]['lost']}" for key in ("beside_start", "beside_ten_steps")]
             sides[1] = "" if row is found["rows"][0] else sides[1]
             cells = f"{each['seed']} | {100 * each['clean'] / n:.1f} | {robust} | {' | '.join(sides)}"
             lines.append(f"| {row['variant'].split(',')[0]} | {row['epochs']} | {cells} |")
     return lines
-
-
-def _percent(figure: dict[str, Any]) -> str:
-    return f"{100 * figure['accuracy']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
 
 
 if __name__ == "__main__":

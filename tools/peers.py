@@ -1,6 +1,6 @@
 """Our attacks beside those of torchattacks, foolbox and pyautoattack, at equal settings; writes results/peers.json.
 
-    python tools/peers.py DATA CHECKPOINT [IMAGES [AUTOATTACK_IMAGES]]     e.g. ... uoft-cs/cifar10 runs/base
+    python tools/peers.py NAME DATA CHECKPOINT [IMAGES [AUTOATTACK_IMAGES]]     e.g. ... base uoft-cs/cifar10 runs/base
 
 On an adversarially trained network and on the cleanly trained ResNet-18 in the pyautoattack wheel, both of CIFAR-10, on
 512 test images drawn at random: PGD-20 at eps 8/255, from the images themselves and from one random start, whose robust
@@ -177,15 +177,15 @@ def markdown(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main(source: str, checkpoint: str, images: int = 512, autoattack_images: int = 512) -> None:
+def main(name: str, source: str, checkpoint: str, images: int = 512, autoattack_images: int = 512) -> None:
     test = load_data(source, "test")
     wheel = find_spec("pyautoattack")
     assert wheel is not None
     assert wheel.origin is not None
     clean = import_weights(Path(wheel.origin).parent / "examples/model_test.pt", "rn18").model
-    networks = {checkpoint: load_checkpoint(checkpoint)[0], "pyautoattack/examples/model_test.pt": clean}
+    networks = {name: load_checkpoint(checkpoint)[0], "pyautoattack/examples/model_test.pt": clean}
     compare(networks, drawn(test, images, 0), drawn(test, autoattack_images, 0), TARGET)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(*sys.argv[1:4], *map(int, sys.argv[4:]))

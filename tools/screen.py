@@ -17,6 +17,7 @@ from clat import Clat, Critical, Recipe, build_model, load_data, train
 from clat.checkpoint import load_checkpoint
 from clat.evaluate import Accuracy
 from clat.runs import Run
+from clat.tables import percent
 
 
 def clat(k: int = 1, **keys: Any) -> Recipe:
@@ -84,10 +85,7 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
             cells = ["before", "", "", ""]
         else:
             cells = [keys["cross_entropy"], keys["attack"], f"{keys['weight']:g}", str(len(row["layers"][0]))]
-        for key in ("clean", "robust"):
-            entry = row[key]
-            cells.append(f"{100 * entry['accuracy']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*cells, percent(row['clean']), percent(row['robust'])])} |")
     return lines
 
 

@@ -16,8 +16,9 @@ import torch
 from clat import evaluate, load_data, trust
 from clat.attacks import autoattack, pgd, restarts, through_layers
 from clat.checkpoint import load_checkpoint, write_text
-from clat.evaluate import Accuracy, drawn
+from clat.evaluate import drawn, worst_case
 from clat.runs import Run, environment
+from clat.tables import percent
 
 TARGET = Path(__file__).parents[1] / "results/verdicts.json"
 
@@ -25,7 +26,7 @@ TARGET = Path(__file__).parents[1] / "results/verdicts.json"
 def main(name: str, run: str, base: str, source: str, eps: str, images: int = 256) -> None:
     model = load_checkpoint(run)[0]
     test = load_data(source, "test")
-    layers = list(dict.fromkeys(layer for selection in Run(Path(run)).selections for layer in selection.layers))
+    layers = Run(Path(run)).selected
     verdict = trust(model, test, eps, base=load_checkpoint(base)[0], layers=layers, budget=60)
     print(verdict.text, flush=True)
     few = drawn(test, images, 0)
@@ -38,7 +39,6 @@ def main(name: str, run: str, base: str, source: str, eps: str, images: int = 25
     for attack, parts in attacks.items():
         found[attack] = evaluate(model, few, parts)
         print(attack, found[attack].robust, flush=True)
-    together = [all(result.outcomes[i] == 0 for result in found.values()) for i in range(len(few))]
     row: dict[str, Any] = {
         "about": environment(torch.device("cpu"), argv=["verdicts.py", name, eps, str(images)]),
         "recipe": Run(Path(run)).recipe,
@@ -46,7 +46,7 @@ def main(name: str, run: str, base: str, source: str, eps: str, images: int = 25
         "verdict": verdict.to_json(),
         "clean": found["PGD-20"].clean.to_json(),
         "attacks": {attack: result.to_json() for attack, result in found.items()},
-        "worst_case": Accuracy(sum(together), len(few)).to_json(),
+        "worst_case": worst_case(list(found.values())).to_json(),
     }
     rows = json.loads(TARGET.read_text()) if TARGET.exists() else {}
     write_text(TARGET, json.dumps({**rows, name: row}, indent=1) + "\n")
@@ -61,13 +61,9 @@ def markdown(rows: dict[str, Any]) -> list[str]:
     ]
     for name, row in rows.items():
         figures = [row["clean"], *(result["robust"] for result in row["attacks"].values()), row["worst_case"]]
-        cells = " | ".join(_percent(figure) for figure in figures)
+        cells = " | ".join(percent(figure) for figure in figures)
         lines.append(f"| {name} | {cells} | {row['verdict']['text']} |")
     return lines
-
-
-def _percent(figure: dict[str, Any]) -> str:
-    return f"{100 * figure['accuracy']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
 
 
 if __name__ == "__main__":

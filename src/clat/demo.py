@@ -17,7 +17,7 @@ from clat.evaluate import Result, evaluate
 from clat.models import build_model
 from clat.recipe import Recipe
 from clat.runs import Run
-from clat.tables import layer_table, ranking
+from clat.tables import layer_table, percent, ranking
 from clat.threat import Threat
 from clat.train import train
 from clat.tuners import Critical
@@ -104,9 +104,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="left" if not heading else "right")
     for row in rows:
         share = 100 * row["trainable"] / row["parameters"]
-        cells = [
-            f"{100 * row[key]['accuracy']:.1f} [{100 * row[key]['low']:.1f}, {100 * row[key]['high']:.1f}]"
-            for key in ("clean", "robust")
-        ]
+        cells = [percent(row[key]) for key in ("clean", "robust")]
         table.add_row(row["network"], *cells, f"{row['trainable']:,} ({share:.1f} %)", f"{row['seconds']:.0f}")
     return table

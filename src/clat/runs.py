@@ -76,6 +76,11 @@ class Run:
         return [Selection.from_json(entry) for entry in self._lines("selections.jsonl")]
 
     @property
+    def selected(self) -> list[str]:
+        """The layers that were selected so far, each once."""
+        return list(dict.fromkeys(name for selection in self.selections for name in selection.layers))
+
+    @property
     def start(self) -> dict[str, str]:
         return json.loads(self._text("start.json"))
 

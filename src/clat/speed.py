@@ -6,16 +6,15 @@ from itertools import product
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clat.attacks import pgd_attack
 from clat.errors import InputError
-from clat.evaluate import autocast, native_precision, seeded
+from clat.evaluate import Precision, autocast, native_precision, seeded
 from clat.layers import logits
-from clat.threat import Images, Labels, Threat, ascend, held
+from clat.threat import Images, Labels, Threat, held
 
-Precision = Literal["fp32", "bf16"]
-Layout = Literal["default", "channels-last"]
+Layout = Literal["auto", "default", "channels-last"]
 LAYOUTS: dict[Layout, torch.memory_format] = {
     "default": torch.contiguous_format,
     "channels-last": torch.channels_last,
@@ -41,8 +40,8 @@ def choose(
     model: nn.Module,
     x: Images,
     y: Labels,
-    precision: Precision | Literal["auto"] = "auto",
-    layout: Layout | Literal["auto"] = "auto",
+    precision: Precision = "auto",
+    layout: Layout = "auto",
 ) -> tuple[Precision, Layout]:
     """Settles ``auto`` by timing a step of an attack on a batch, and puts the network into the layout.
 
@@ -97,11 +96,7 @@ def _seconds(model: nn.Module, x: Images, y: Labels, pair: tuple[Precision, Layo
 
 def _step(model: nn.Module, x: Images, y: Labels, precision: Precision) -> float:
     """Seconds of one step of PGD."""
-
-    def cost(z: Images) -> Tensor:
-        return F.cross_entropy(logits(model(z)), y, reduction="none")
-
     start = time.perf_counter()
     with seeded(0, x.device), autocast(x.device, precision):
-        ascend(cost, x, Threat(steps=1), model=model).sum().item()
+        pgd_attack(model, x, y, Threat(steps=1)).sum().item()
     return time.perf_counter() - start

@@ -18,6 +18,11 @@ from clat.transfer import Transfer
 from clat.trust import Verdict
 
 
+def percent(figure: Mapping[str, float]) -> str:
+    """An accuracy's JSON in percent with its interval, e.g. 28.3 [26.4, 30.3]."""
+    return f"{100 * figure['accuracy']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+
+
 def attack_name(name: str, threat: Threat) -> str:
     """An attack with its ball, e.g. PGD-20 linf eps 8/255."""
     return f"{name} {threat.norm} eps {radius(threat.radius, threat.norm)}"

@@ -71,12 +71,12 @@ def train(
         _check_same_run(run, recipe, data)
     model.to(accelerator.device)
     check_fits(model, data, accelerator.device)
-    before, asked = layout_of(model), {recipe.precision, recipe.layout}
-    recipe = _settled(recipe, model, data, accelerator)
-    if console and accelerator.is_main_process and "auto" in asked:
-        console.print(f"  computes in {recipe.precision}, layout {recipe.layout}", highlight=False)
+    before = layout_of(model)
+    settled = _settled(recipe, model, data, accelerator)
+    if settled != recipe and console and accelerator.is_main_process:
+        console.print(f"  computes in {settled.precision}, layout {settled.layout}", highlight=False)
     try:
-        _Trainer(recipe, model, data, run, accelerator, console).fit(resuming, origin)
+        _Trainer(settled, model, data, run, accelerator, console).fit(resuming, origin)
     finally:
         set_layout(model, before)
     return run

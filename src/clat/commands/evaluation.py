@@ -378,6 +378,4 @@ def _several(names: Sequence[str]) -> dict[str, nn.Module]:
 def _selected(network: str) -> list[str]:
     """The layers that CLAT selected in the run that a run folder or a checkpoint in it belongs to, each once."""
     run = Run(Path(network) if Path(network).is_dir() else Path(network).parent)
-    if not run.exists or run.recipe["tuner"] != "critical":
-        return []
-    return list(dict.fromkeys(name for selection in run.selections for name in selection.layers))
+    return run.selected if run.exists and run.recipe["tuner"] == "critical" else []
