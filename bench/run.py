@@ -38,10 +38,10 @@ from steps import (
 )
 from torch import nn
 
-from clat.checkpoint import write_text
 from clat.criticality import attack_output, criticality
 from clat.data import to_unit
 from clat.evaluate import best_device
+from clat.files import write_text
 from clat.runs import environment
 from clat.threat import Threat
 

@@ -19,9 +19,10 @@ import torch
 
 from clat import evaluate, load_data
 from clat.attacks import pgd
-from clat.checkpoint import load_checkpoint, write_text
+from clat.checkpoint import load_checkpoint
 from clat.data import Dataset
 from clat.evaluate import Accuracy
+from clat.files import write_text
 from clat.runs import Run
 from clat.tables import percent
 

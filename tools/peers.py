@@ -25,9 +25,10 @@ from torch import nn
 
 from clat import evaluate, load_data
 from clat.attacks import Attack, apgd_ce, autoattack, pgd, pgd_attack
-from clat.checkpoint import load_checkpoint, write_text
+from clat.checkpoint import load_checkpoint
 from clat.data import Dataset, to_unit
 from clat.evaluate import Accuracy, best_device, drawn, predict, seeded, weights_digest
+from clat.files import write_text
 from clat.models.importing import import_weights
 from clat.runs import environment
 from clat.threat import Images, Labels, Threat

@@ -15,8 +15,9 @@ import torch
 
 from clat import evaluate, load_data, trust
 from clat.attacks import autoattack, pgd, restarts, through_layers
-from clat.checkpoint import load_checkpoint, write_text
+from clat.checkpoint import load_checkpoint
 from clat.evaluate import drawn, worst_case
+from clat.files import write_text
 from clat.runs import Run, environment
 from clat.tables import percent
 

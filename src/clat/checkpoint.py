@@ -1,9 +1,6 @@
 """Checkpoints that say how to build their network: safetensors, never a pickle."""
 
 import json
-import os
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +9,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from clat.errors import InputError
+from clat.files import write_atomically
 from clat.models import build_model
 
 KEY = "clat"  # metadata entry that tells our checkpoints from others
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Has ``write`` fill a temporary file beside ``path``, then renames it: afterwards all of it is there or nothing.
-
-    Raises:
-        InputError: the disk is full or the folder cannot be written; what was at ``path`` is still there
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):  # nothing was written, or its folder is a file
-            temporary.unlink()
-        raise InputError(
-            f"{path} could not be written ({error}); free some disk space or choose another place."
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes text atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:

@@ -10,6 +10,7 @@ from clat.commands import COMMANDS
 from clat.errors import InputError
 from clat.health import HealthError
 from clat.integrity import IntegrityError
+from clat.text import plain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,5 +29,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"clat: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"clat: {plain(' '.join(str(error).split()))}", file=sys.stderr)
     return code

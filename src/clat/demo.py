@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from clat.attacks import pgd
-from clat.checkpoint import load_checkpoint, write_text
+from clat.checkpoint import load_checkpoint
 from clat.criticality import attack_output, criticality, ranked
 from clat.data import Dataset, load_data, to_unit
 from clat.evaluate import Result, evaluate
+from clat.files import write_text
 from clat.models import build_model
 from clat.recipe import Recipe
 from clat.runs import Run

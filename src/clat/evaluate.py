@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from clat.attacks import Attack, pgd, pgd_attack, restarts
-from clat.checkpoint import write_text
 from clat.data import Dataset, to_unit
 from clat.errors import InputError
+from clat.files import write_text
 from clat.integrity import fingerprint, tensors
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat, check_images, held

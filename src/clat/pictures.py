@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
-from clat.checkpoint import write_atomically
 from clat.errors import InputError
+from clat.files import write_atomically
 from clat.sweep import Curve
 from clat.tables import radius
 

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 import yaml
 
-from clat.checkpoint import load_tensors, write_text
+from clat.checkpoint import load_tensors
 from clat.errors import InputError
+from clat.files import write_text
 from clat.tuners.selection import Selection
 
 FILES = (

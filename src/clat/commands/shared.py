@@ -10,9 +10,10 @@ from rich.console import Console
 from torch import nn
 
 from clat.arguments import named
-from clat.checkpoint import load_checkpoint, write_text
+from clat.checkpoint import load_checkpoint
 from clat.data import Dataset, load_data
 from clat.errors import InputError
+from clat.files import write_text
 from clat.models import build_model
 from clat.threat import fraction
 
