@@ -94,7 +94,7 @@ OTHER: dict[str, Keys] = {
 }
 
 # A network, images and steps so few that all of this takes seconds.
-SMALL = "--batch_size=8 --images=16 --holdout=8 --validation_steps=2 --precision=fp32 --layout=default --health=false"
+SMALL = "--batch_size=8 --images=16 --holdout=8 --validation_steps=1 --precision=fp32 --layout=default --health=false"
 SMALL_TUNER = {"critical": "--critical.batch=8", "rift": "--rift.batch=8 --rift.passes=1"}
 
 
@@ -121,11 +121,12 @@ def recipe_of(source: Path | Keys, flags: list[str], folder: Path) -> Recipe:
     """The recipe that the command line makes of a file, or of a file with these keys, and of flags."""
     if isinstance(source, dict):
         path = folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump({"epochs": 1, **source}))
+        threat = {"steps": 3, **source.get("threat", {})}
+        path.write_text(yaml.safe_dump({"epochs": 1, **source, "threat": threat}))
     else:
         path, flags = source, ["--epochs=1", *flags]
     others = ["--model=rn18", "--data=none", "--out=none"]  # which the command needs
-    return parse(["train", str(path), *others, *SMALL.split(), *flags], COMMANDS)[1]["recipe"]
+    return parse(["train", str(path), *others, *SMALL.split(), *flags], {"train": COMMANDS["train"]})[1]["recipe"]
 
 
 def network() -> nn.Module:
@@ -156,7 +157,7 @@ def measured(source: Path | Keys, flags: list[str], folder: Path) -> Keys:
             }
             for entry in run.metrics
         ],
-        "selected": [list(selection.layers) for selection in run.selections],
+        "selected": [" ".join(selection.layers).replace("network.", "") for selection in run.selections],
         "last": fingerprint(model),
         "best": fingerprint(load_checkpoint(run.best)[0]),
     }
