@@ -2,7 +2,7 @@
 
 The record says what restructuring the code must not change: the loss by terms, the held-out counts, the selected layers
 and a fingerprint of all weights. Machines round differently: on another kind than the one that made the record, losses
-may differ by 1e-4 of their size, and fingerprints are not compared. To compare bits there, write the record at the
+may differ by 1e-3 of their size, and fingerprints are not compared. To compare bits there, write the record at the
 commit before the change, then test the change against it.
 
 ``python tests/test_golden.py --write`` makes the record anew. Do it only when numbers are meant to change (the
@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 
 RECORD = Path(__file__).with_name("golden.json")
 RECIPES = Path(__file__).parents[1] / "recipes"
-TOLERANCE = 1e-4  # of a loss on another kind of machine, relative
+TOLERANCE = 1e-3  # of the loss on another kind of machine; AVX2 and SSE4.1 differ by up to 2e-4 after two steps
 
 Keys = dict[str, Any]
 
@@ -95,7 +95,11 @@ OTHER: dict[str, Keys] = {
 
 # A network, images and steps so few that all of this takes seconds.
 SMALL = "--batch_size=8 --images=16 --holdout=8 --validation_steps=1 --precision=fp32 --layout=default --health=false"
-SMALL_TUNER = {"critical": "--critical.batch=8", "rift": "--rift.batch=8 --rift.passes=1"}
+FEWER = {
+    "critical": ["--critical.batch=8"],
+    "rift": ["--rift.batch=8", "--rift.passes=1"],
+    "free-at": ["--free_at.replays=2"],
+}
 
 
 def cases() -> dict[str, tuple[Path | Keys, list[str]]]:
@@ -107,7 +111,7 @@ def cases() -> dict[str, tuple[Path | Keys, list[str]]]:
     found |= {name: (keys, []) for name, keys in OTHER.items()}
     for path in sorted(RECIPES.glob("*.yaml")):
         keys = yaml.safe_load(path.read_text())
-        name, small = f"recipe {path.stem}", SMALL_TUNER.get(keys["tuner"], "").split()
+        name, small = f"recipe {path.stem}", [*FEWER.get(keys["tuner"], []), *FEWER.get(keys["objective"], [])]
         found[name] = path, small
         if keys.get("schedule", "cosine") != "cosine":  # what else the overlay sets is smaller still here
             found[f"{name}, scale small"] = path, ["--scale=small", *small]
@@ -131,7 +135,7 @@ def recipe_of(source: Path | Keys, flags: list[str], folder: Path) -> Recipe:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return build_model("rn18", 3, channels=1, width=2, mean=[0.4], std=[0.25])
+    return build_model("rn18", 3, channels=1, width=8, mean=[0.4], std=[0.25])
 
 
 def images() -> Dataset:
@@ -188,7 +192,7 @@ def rounded_otherwise(run: Keys) -> Keys:
     """A recorded run as another kind of machine may give it: losses within the tolerance, any fingerprint."""
     epochs = [
         {
-            name: pytest.approx(value, rel=TOLERANCE) if isinstance(value, float) else value
+            name: pytest.approx(value, abs=TOLERANCE * entry["loss"]) if isinstance(value, float) else value
             for name, value in entry.items()
         }
         for entry in run["epochs"]
