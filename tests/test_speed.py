@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from clat.errors import InputError
+from clat.evaluate import autocast
 from clat.layers import observe, record, trace
 from clat.models import build_model
 from clat.objectives import Clat
@@ -138,14 +139,16 @@ def test_fixed_norms_have_the_loss_and_gradient_of_batch_norm(name):
     assert all(close(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_activations_are_followed_through_fixed_norms():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_followed_through_fixed_norms(precision):
     model, chosen = ready("rn18")
     x = torch.rand(2, 3, 32, 32)
     modules = {layer: model.get_submodule(layer) for layer in chosen}
-    _, plain = record(model, x, modules, at="activation")
-    with fixed_norms(model):
-        _, fixed = record(model, x, modules, at="activation")
-        _, raw = record(model, x, modules)
+    with autocast("cpu", precision):
+        _, plain = record(model, x, modules, at="activation")
+        with fixed_norms(model):
+            _, fixed = record(model, x, modules, at="activation")
+            _, raw = record(model, x, modules)
     assert all(close(fixed[number], plain[number]) for number in plain)
     assert not any(close(raw[number], plain[number]) for number in plain)
 
@@ -179,13 +182,56 @@ def test_other_norms_are_left_alone(norm):
         assert "forward" not in vars(norm)
 
 
-def test_under_autocast_batch_norm_computes_as_ever():
-    norm = nn.BatchNorm2d(3).eval()
-    norm.running_mean += 0.3
-    x = torch.rand(2, 3, 4, 4).bfloat16()
-    plain = norm(x)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_fixed_norms_have_the_precision_of_batch_norm(dtype, precision):
+    norm = nn.BatchNorm2d(16).eval().requires_grad_(False)
+    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        nn.init.uniform_(tensor, 0.1, 3)
+    x = torch.randn(4, 16, 8, 8).to(dtype)
+    found, kept = [], []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t)
+    for context in (nullcontext(), fixed_norms(norm)):
+        kept.clear()
+        z = x.clone().requires_grad_()
+        with context, autocast("cpu", precision), hooks:
+            output = norm(z)
+        (gradient,) = torch.autograd.grad((output.float() * torch.linspace(0, 1, 64).view(8, 8)).sum(), z)
+        found.append((output, gradient))
+    assert x.shape not in kept
+    for usual, fixed in zip(*found, strict=True):
+        assert usual.dtype == fixed.dtype == dtype
+        assert close(fixed.float(), usual.float(), torch.finfo(dtype).eps)
+
+
+def test_a_norm_stored_in_bf16_is_fixed_in_fp32():
+    norm = nn.BatchNorm2d(16).eval().bfloat16()
+    nn.init.uniform_(norm.running_var, 0.1, 3)
+    x = torch.randn(4, 16, 8, 8).bfloat16()
+    usual = norm(x)
     with fixed_norms(norm):
-        assert torch.equal(norm(x), plain)
+        assert norm(x).dtype == torch.bfloat16
+        assert close(norm(x).float(), usual.float(), 1e-3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_attack_in_bf16_keeps_no_more_tensors_than_in_fp32_and_half_the_bytes(name):
+    model, _ = ready(name)
+    model.requires_grad_(False)
+    y, kept = torch.arange(4), {}
+
+    def bytes_kept(precision: str) -> int:
+        kept.clear()
+        x = torch.rand(4, 3, 32, 32, requires_grad=True)
+        keep = lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1]  # noqa: E731
+        with fixed_norms(model), autocast("cpu", precision):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                F.cross_entropy(model(x), y)
+        own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+        features = [t for pointer, t in kept.items() if pointer not in own and t.dim() == 4 and len(t) == 4]
+        return sum(t.untyped_storage().nbytes() for t in features)
+
+    assert bytes_kept("bf16") <= 0.6 * bytes_kept("fp32")
 
 
 def test_features_are_observed_in_a_compiled_network():
