@@ -3,7 +3,7 @@
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -129,6 +129,12 @@ def logits(output: Any) -> Tensor:
             "pooling and a linear layer."
         )
     return scores.float()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is off meanwhile, on devices that have it."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def first_tensor(output: Any) -> Tensor:
