@@ -18,7 +18,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from page import tables
@@ -40,7 +40,7 @@ from torch import nn
 
 from clat.criticality import attack_output, criticality
 from clat.data import to_unit
-from clat.evaluate import best_device
+from clat.evaluate import Precision, best_device, native_precision
 from clat.files import write_text
 from clat.runs import environment
 from clat.threat import Threat
@@ -101,7 +101,8 @@ def steps_and_floors(name: str, device: str, batch: int, repeats: int, **options
         "clat label / pgd-at": ("clat label", "pgd-at"),
         "floors feature": ("clat feature floor", "pgd-at floor"),
     }
-    return row(timed(contestants, repeats), ratios, network=name, batch=batch, layers=list(selected))
+    facts = {"network": name, "batch": batch, "precision": native_precision(device), "layers": list(selected)}
+    return row(timed(contestants, repeats), ratios, **facts)
 
 
 # c: other libraries
@@ -196,7 +197,7 @@ def _resident(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def memory_of(what: str, size: int, device: str, **options: Any) -> int:
+def memory_of(what: str, size: int, precision: Precision, device: str, **options: Any) -> int:
     """Two attack steps in place of ten: each one's memory is free again before the next."""
     if what in ("criticality", "forward"):
         model = plain_stack(size).to(device).eval()
@@ -204,7 +205,7 @@ def memory_of(what: str, size: int, device: str, **options: Any) -> int:
         run: Step = (lambda: criticality(model, x, x + 0.0)) if what == "criticality" else lambda: passed(model, x)
         return used(run, device)
     recipe = {"pgd-at": PGD_AT, "clat feature": FEATURE, "clat label": LABEL}[what]
-    recipe = replace(recipe, threat=Threat(steps=2))
+    recipe = replace(recipe, threat=Threat(steps=2), precision=precision)
     model = network("rn18", device, **options)
     pixels, y = images(size, device)
     return used(ours(recipe, model, pixels, y, () if what == "pgd-at" else SELECTIONS["rn18"]), device)
@@ -215,15 +216,15 @@ def passed(model: nn.Module, x: torch.Tensor) -> None:
     model(torch.cat([x, x]))
 
 
-def in_own_process(what: str, size: int) -> int:
-    command = [sys.executable, __file__, "memory", what, str(size)]
+def in_own_process(what: str, size: int, precision: Precision = "fp32") -> int:
+    command = [sys.executable, __file__, "memory", what, str(size), precision]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def memory(batch: int) -> dict[str, Any]:
-    found = {what: in_own_process(what, batch) for what in ("pgd-at", "clat feature", "clat label")}
+def memory(batch: int, precision: Precision) -> dict[str, Any]:
+    found = {what: in_own_process(what, batch, precision) for what in ("pgd-at", "clat feature", "clat label")}
     ratios = {f"{what} / pgd-at": round(found[what] / found["pgd-at"], 3) for what in ("clat feature", "clat label")}
-    return {"network": "rn18", "batch": batch, "bytes": found, **ratios}
+    return {"network": "rn18", "batch": batch, "precision": precision, "bytes": found, **ratios}
 
 
 def memory_by_layers(depths: Sequence[int]) -> dict[str, Any]:
@@ -329,7 +330,8 @@ def parts(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
         "peers": lambda: peers(device, 16, 2 * REPEATS),
         "convolutions": lambda: convolutions(device, 16),
         "criticality": lambda: criticality_cost(device, 8, 1),
-        "memory": lambda: memory(128),
+        "memory": lambda: memory(128, "fp32"),
+        "memory bf16": lambda: memory(64, "bf16"),
         "memory by layers": lambda: memory_by_layers((4, 16, 64)),
         "by batch": lambda: by_batch((4, 16, 64), device, 3),
         "by attack steps": lambda: by_steps((1, 2, 3, 4, 5, 10), device, 16, 3),
@@ -360,7 +362,8 @@ def run(todo: dict[str, Callable[[], dict[str, Any]]], target: Path, device: str
 if __name__ == "__main__":
     device = best_device()
     if sys.argv[1:2] == ["memory"]:
-        print(memory_of(sys.argv[2], int(sys.argv[3]), device))
+        what, size, precision = sys.argv[2:]
+        print(memory_of(what, int(size), cast(Precision, precision), device))
     else:
         todo = {} if sys.argv[1:2] == ["tables"] else parts(device)
         found = run(todo, TARGET, device)

@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from clat import build_model
 from clat.data import Dataset, augment, to_unit
+from clat.evaluate import autocast
 from clat.layers import trace
 from clat.models import Normalized
 from clat.objectives import Clat
@@ -86,7 +87,7 @@ def ours(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor, selected: 
     return step
 
 
-# The bare arithmetic: the same passes through the same network, and nothing else
+# The bare arithmetic: the same passes through the same network in the same precision and layout, and nothing else
 
 
 def pgd_at_floor(model: nn.Module, pixels: Tensor, y: Tensor, steps: int = STEPS) -> Step:
@@ -94,10 +95,12 @@ def pgd_at_floor(model: nn.Module, pixels: Tensor, y: Tensor, steps: int = STEPS
     x = to_unit(pixels)
 
     def step() -> None:
-        with frozen(model):
+        with frozen(model), autocast(x.device, PGD_AT.precision):
             ascend_floor(lambda z: F.cross_entropy(model(z), y), x, steps)
         model.train()
-        F.cross_entropy(model(x), y).backward()
+        with autocast(x.device, PGD_AT.precision):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
         model.zero_grad(set_to_none=True)
 
     return step
@@ -124,11 +127,11 @@ def clat_floor(
         return (z - model.mean) / model.std
 
     def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
-        parts = [(second[name] - first[name]).flatten(1).norm(dim=1) for name in names]
+        parts = [(second[name].float() - first[name].float()).flatten(1).norm(dim=1) for name in names]
         return torch.stack(parts).sum()
 
     def step() -> None:
-        with frozen(model, until, whole):
+        with frozen(model, until, whole), autocast(x.device, FEATURE.precision):
             if feature:
                 with torch.no_grad():
                     clean = until(normalise(x))
@@ -139,9 +142,11 @@ def clat_floor(
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        found = whole(normalise(x))
-        other = until(normalise(x + 0.01))
-        (F.cross_entropy(found[output], y) + 0.01 * distance(found, other) / len(y)).backward()
+        with autocast(x.device, FEATURE.precision):
+            found = whole(normalise(x))
+            other = until(normalise(x + 0.01))
+            loss = F.cross_entropy(found[output], y) + 0.01 * distance(found, other) / len(y)
+        loss.backward()
         for parameter in trained:
             parameter.grad = None
 

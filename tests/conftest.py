@@ -59,9 +59,8 @@ def same_tensors(first: Path, second: Path) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _repeatable(monkeypatch) -> None:
+def _repeatable() -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("clat.speed.MARGIN", torch.inf)  # no measurement chooses precision or layout
 
 
 @pytest.fixture

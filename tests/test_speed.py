@@ -1,5 +1,6 @@
 """What is done for speed changes no result, for any of the paper's networks."""
 
+import io
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
 
 from clat.errors import InputError
+from clat.evaluate import autocast
 from clat.layers import observe, record, trace
 from clat.models import build_model
 from clat.objectives import Clat
-from clat.speed import choose, layout_of
+from clat.speed import choose, in_words, layout_of
 from clat.threat import Threat, ascend, fixed_norms
 from clat.train import train
 from test_train import CLAT, network
@@ -136,14 +139,16 @@ def test_fixed_norms_have_the_loss_and_gradient_of_batch_norm(name):
     assert all(close(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_activations_are_followed_through_fixed_norms():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_followed_through_fixed_norms(precision):
     model, chosen = ready("rn18")
     x = torch.rand(2, 3, 32, 32)
     modules = {layer: model.get_submodule(layer) for layer in chosen}
-    _, plain = record(model, x, modules, at="activation")
-    with fixed_norms(model):
-        _, fixed = record(model, x, modules, at="activation")
-        _, raw = record(model, x, modules)
+    with autocast("cpu", precision):
+        _, plain = record(model, x, modules, at="activation")
+        with fixed_norms(model):
+            _, fixed = record(model, x, modules, at="activation")
+            _, raw = record(model, x, modules)
     assert all(close(fixed[number], plain[number]) for number in plain)
     assert not any(close(raw[number], plain[number]) for number in plain)
 
@@ -177,13 +182,56 @@ def test_other_norms_are_left_alone(norm):
         assert "forward" not in vars(norm)
 
 
-def test_under_autocast_batch_norm_computes_as_ever():
-    norm = nn.BatchNorm2d(3).eval()
-    norm.running_mean += 0.3
-    x = torch.rand(2, 3, 4, 4).bfloat16()
-    plain = norm(x)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_fixed_norms_have_the_precision_of_batch_norm(dtype, precision):
+    norm = nn.BatchNorm2d(16).eval().requires_grad_(False)
+    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        nn.init.uniform_(tensor, 0.1, 3)
+    x = torch.randn(4, 16, 8, 8).to(dtype)
+    found, kept = [], []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t)
+    for context in (nullcontext(), fixed_norms(norm)):
+        kept.clear()
+        z = x.clone().requires_grad_()
+        with context, autocast("cpu", precision), hooks:
+            output = norm(z)
+        (gradient,) = torch.autograd.grad((output.float() * torch.linspace(0, 1, 64).view(8, 8)).sum(), z)
+        found.append((output, gradient))
+    assert x.shape not in kept
+    for usual, fixed in zip(*found, strict=True):
+        assert usual.dtype == fixed.dtype == dtype
+        assert close(fixed.float(), usual.float(), torch.finfo(dtype).eps)
+
+
+def test_a_norm_stored_in_bf16_is_fixed_in_fp32():
+    norm = nn.BatchNorm2d(16).eval().bfloat16()
+    nn.init.uniform_(norm.running_var, 0.1, 3)
+    x = torch.randn(4, 16, 8, 8).bfloat16()
+    usual = norm(x)
     with fixed_norms(norm):
-        assert torch.equal(norm(x), plain)
+        assert norm(x).dtype == torch.bfloat16
+        assert close(norm(x).float(), usual.float(), 1e-3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_attack_in_bf16_keeps_no_more_tensors_than_in_fp32_and_half_the_bytes(name):
+    model, _ = ready(name)
+    model.requires_grad_(False)
+    y, kept = torch.arange(4), {}
+
+    def bytes_kept(precision: str) -> int:
+        kept.clear()
+        x = torch.rand(4, 3, 32, 32, requires_grad=True)
+        keep = lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1]  # noqa: E731
+        with fixed_norms(model), autocast("cpu", precision):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                F.cross_entropy(model(x), y)
+        own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+        features = [t for pointer, t in kept.items() if pointer not in own and t.dim() == 4 and len(t) == 4]
+        return sum(t.untyped_storage().nbytes() for t in features)
+
+    assert bytes_kept("bf16") <= 0.6 * bytes_kept("fp32")
 
 
 def test_features_are_observed_in_a_compiled_network():
@@ -243,87 +291,82 @@ class Deep(nn.Sequential):
         self.volume = nn.Parameter(torch.zeros(1, 2, 2, 2, 2))
 
 
-def timed(monkeypatch, seconds: dict[tuple[str, str], float], margin: float = 1.1) -> list[tuple[str, str]]:
-    """Replaces the clock: what a step takes by precision and layout; returns what is asked for."""
-    asked = []
-
-    def measure(model, _x, _y, precision):
-        asked.append((precision, layout_of(model)))
-        return seconds[asked[-1]]
-
-    monkeypatch.setattr("clat.speed._step", measure)
-    monkeypatch.setattr("clat.speed.MARGIN", margin)
-    return asked
+BATCH = torch.rand(8, 3, 8, 8)
 
 
-BATCH = torch.rand(8, 3, 8, 8), torch.arange(8) % 3
+def simple() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
 
 
-@pytest.mark.parametrize(
-    ("seconds", "chosen"),
-    [((1.0, 0.95), "default"), ((1.0, 0.8), "channels-last"), ((0.8, 1.0), "default")],
-)
-def test_the_layout_that_is_clearly_faster_is_chosen(monkeypatch, seconds, chosen):
-    monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
-    timed(monkeypatch, {("fp32", "default"): seconds[0], ("fp32", "channels-last"): seconds[1]})
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
-    assert choose(model, *BATCH) == ("fp32", chosen)
-    assert layout_of(model) == chosen
-
-
-def test_precision_is_chosen_only_where_bf16_is_native(monkeypatch):
-    seconds = {(p, layout): 1.0 for p in ("fp32", "bf16") for layout in ("default", "channels-last")}
-    asked = timed(monkeypatch, {**seconds, ("fp32", "channels-last"): 0.5})
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
-    monkeypatch.setattr("clat.speed.native_precision", lambda _: "bf16")
-    assert choose(model, *BATCH) == ("fp32", "channels-last")
-    assert set(asked) == set(seconds)
-    assert choose(model, *BATCH, layout="default") == ("bf16", "default")
-    monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
-    asked.clear()
-    assert choose(model, *BATCH, layout="default") == ("fp32", "default")
-    assert choose(model, *BATCH, precision="bf16", layout="default") == ("bf16", "default")
-    assert not asked  # nothing to choose between
+@pytest.mark.parametrize("native", ["fp32", "bf16"])
+def test_auto_is_settled_by_the_device_and_by_nothing_else(monkeypatch, native):
+    monkeypatch.setattr("clat.speed.native_precision", lambda _: native)
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("timed"))
+    for _ in range(3):
+        model = simple()
+        assert choose(model, BATCH) == (native, "channels-last")
+        assert layout_of(model) == "channels-last"
+    assert choose(model, BATCH, "bf16", "default") == ("bf16", "default")
+    assert layout_of(model) == "default"
+    assert choose(model, BATCH, "fp32", "auto") == ("fp32", "channels-last")
 
 
 @pytest.mark.parametrize("network", [Viewing, Fickle, Deep])
-def test_a_layout_that_the_network_does_not_bear_is_not_chosen(monkeypatch, network):
-    timed(monkeypatch, {("fp32", "default"): 1.0, ("fp32", "channels-last"): 0.1})
-    monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
+def test_a_layout_that_the_network_does_not_bear_is_not_chosen(network):
     model = network()
-    assert choose(model, *BATCH) == ("fp32", "default")
+    assert choose(model, BATCH, "fp32") == ("fp32", "default")
     assert layout_of(model) == "default"
 
 
-@pytest.mark.parametrize("network", [Viewing, Deep])
+@pytest.mark.parametrize("network", [Viewing, Fickle, Deep])
 def test_a_layout_that_is_asked_for_and_not_borne_is_said(network):
     with pytest.raises(InputError, match="leave it auto"):
-        choose(network(), *BATCH, layout="channels-last")
+        choose(network(), BATCH, layout="channels-last")
 
 
-def test_the_measurement_leaves_network_and_random_numbers_alone():
+def test_a_network_that_draws_in_its_forward_pass_bears_a_layout():
+    model = simple()
+    model.register_forward_hook(lambda _m, _i, output: output + torch.rand_like(output))
+    assert choose(model, BATCH)[1] == "channels-last"
+
+
+def test_the_choice_leaves_network_and_random_numbers_alone():
     model = build_model("rn18", 3, width=8).train()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    choose(model, *BATCH)
+    choose(model, BATCH)
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_run_keeps_the_layout_that_it_chose_and_gives_the_network_back_in_its_own(blobs, tmp_path, monkeypatch):
-    pairs = {(p, layout): 1.0 for p in ("fp32", "bf16") for layout in ("default", "channels-last")}
-    timed(monkeypatch, {**pairs, ("fp32", "default"): 0.1})
-    model = network()
-    run = train(replace(CLAT, epochs=2), model, blobs, out=tmp_path / "run")
-    assert (run.recipe["precision"], run.recipe["layout"]) == ("fp32", "default")
-    assert layout_of(model) == "channels-last"
-    asked = timed(monkeypatch, pairs)
-    resumed = train(replace(CLAT, epochs=2), network(), blobs, out=tmp_path / "run", resume=True)
-    assert not asked
-    assert resumed.recipe == run.recipe
+@pytest.mark.parametrize(
+    ("settled", "asked", "words"),
+    [
+        (("fp32", "channels-last"), "auto", "channels-last (--precision fp32 --layout channels-last)"),
+        (("bf16", "default"), "default", "default layout (--precision bf16 --layout default)"),
+        (("fp32", "default"), "auto", "does not run or not score the same in channels-last (--precision fp32"),
+    ],
+)
+def test_what_was_chosen_is_said_with_the_flags_that_repeat_it(settled, asked, words):
+    assert words in in_words(torch.device("cpu"), *settled, asked)
+
+
+def test_a_run_keeps_what_was_settled_and_gives_the_network_back_in_its_own_layout(blobs, tmp_path, monkeypatch):
+    monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
+    model = network().to(memory_format=torch.contiguous_format)
+    printed = io.StringIO()
+    run = train(replace(CLAT, epochs=1), model, blobs, out=tmp_path / "run", console=Console(file=printed, width=200))
+    assert (run.recipe["precision"], run.recipe["layout"]) == ("fp32", "channels-last")
+    assert layout_of(model) == "default"
+    assert "computes in fp32, channels-last (--precision fp32 --layout channels-last)" in printed.getvalue()
+    monkeypatch.setattr("clat.speed.native_precision", lambda _: "bf16")
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("layout: channels-last", "layout: default"))
+    resumed = train(replace(CLAT, epochs=1), network(), blobs, out=tmp_path / "run", resume=True)
+    assert (resumed.recipe["precision"], resumed.recipe["layout"]) == ("fp32", "default")
 
 
 def test_the_bench_runs(tmp_path, monkeypatch):

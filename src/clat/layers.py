@@ -3,7 +3,7 @@
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -129,6 +129,12 @@ def logits(output: Any) -> Tensor:
             "pooling and a linear layer."
         )
     return scores.float()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is off meanwhile, on devices that have it."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -267,6 +273,7 @@ def feature_distance(
     return lambda z: compare(model, z, modules, recorded, between, at=at)[1]
 
 
+_CASTS = {"to"}  # around BatchNorm as attacks run it in bf16
 _NORMS = {"addcmul", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
 _ACTIVATIONS = {
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish"),
@@ -298,7 +305,7 @@ class _Follow(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if reference is None or by_image is None or reference() is not tensor or not isinstance(output, Tensor):
             return output
-        if name in _NORMS:
+        if name in _NORMS or (name in _CASTS and output is not tensor):
             self.visit(number, by_image(output))
             self.followed[id(output)] = (weakref.ref(output), number, by_image)
         elif name in _ACTIVATIONS:

@@ -51,10 +51,10 @@ class Recipe:
         decay: which of them: all, no_norm (not the scale and shift of normalisations) or kernels (only tensors of more
             than one dimension)
         clip: largest norm of the gradient; none if not given
-        precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation; auto is the faster one, as
-            measured when the run starts, bf16 only where the device computes in it natively
-        layout: of the kernels while the network trains: default (torch's) or channels-last; auto is the faster one, as
-            measured when the run starts. What auto chose stands in the run's recipe.yaml, which repeats it
+        precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation; auto is bf16 where the
+            device computes in it natively, else fp32
+        layout: of the kernels while the network trains: default (torch's) or channels-last; auto is channels-last on
+            CPUs and CUDA if the network bears it. What auto stands for is in the run's recipe.yaml, which repeats it
         compile: compile the network with torch.compile, in attacks, loss and validation; passes that features are
             observed in run uncompiled. The first steps of a run take up to a minute longer
         augment: crop (4 pixels of padding) and flip each training image at random

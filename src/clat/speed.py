@@ -1,26 +1,22 @@
-"""Which precision and layout of its kernels a network computes fastest in on a device, by measurement."""
+"""The precision and layout of its kernels that a network computes in where a recipe says ``auto``."""
 
-import math
-import time
-from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from clat.attacks import pgd_attack
 from clat.errors import InputError
-from clat.evaluate import Precision, autocast, native_precision, seeded
+from clat.evaluate import Precision, native_precision, seeded
 from clat.layers import logits
-from clat.threat import Images, Labels, Threat, held
+from clat.threat import Images, held
 
 Layout = Literal["auto", "default", "channels-last"]
 LAYOUTS: dict[Layout, torch.memory_format] = {
     "default": torch.contiguous_format,
     "channels-last": torch.channels_last,
 }
-ROUNDS = 3  # of which the shortest counts; the first warms up
-MARGIN = 1.1  # what comes first stays unless another is so many times as fast, so that noise does not choose
+CHANNELS_LAST = ("cpu", "cuda")  # kinds of device on which ``auto`` is this layout
+TOLERANCE = 0.01  # of the largest score: how far rounding, of TF32 too, may move one from layout to layout
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -37,66 +33,55 @@ def set_layout(model: nn.Module, layout: Layout) -> None:
 
 
 def choose(
-    model: nn.Module,
-    x: Images,
-    y: Labels,
-    precision: Precision = "auto",
-    layout: Layout = "auto",
+    model: nn.Module, x: Images, precision: Precision = "auto", layout: Layout = "auto"
 ) -> tuple[Precision, Layout]:
-    """Settles ``auto`` by timing a step of an attack on a batch, and puts the network into the layout.
+    """Settles ``auto`` by the kind of device alone, and puts the network into the layout.
 
-    bf16 is tried where the device has instructions for it. A layout that the network fails in, as one that flattens
-    with ``view`` may, or in which it gives other scores, is not chosen. It takes about the time of a step of PGD-AT.
+    The precision is bf16 where the device has instructions for it, else fp32; the layout is channels-last on CPUs and
+    CUDA, elsewhere torch's default. A network that fails in channels-last, as one that flattens with ``view`` may, or
+    gives other scores in it, gets torch's default.
 
     Args:
-        x: images on the network's device, as many as a training step has
-        y: their labels
+        x: a few images on the network's device
     Raises:
-        InputError: the network does not run in the layout that is asked for
+        InputError: the network does not bear the layout that is asked for
     """
-    if layout != "auto":
-        try:
-            set_layout(model, layout)
-            _scores(model, x)
-        except RuntimeError as error:
-            raise InputError(
-                f"The network does not run with layout {layout} ({' '.join(str(error).split())[:150]}); leave it auto."
-            ) from error
-    before, native = layout_of(model), native_precision(x.device)
-    candidates: tuple[Precision, ...] = ("fp32",) if native == "fp32" else ("bf16", "fp32")
-    precisions = candidates if precision == "auto" else (precision,)
-    layouts = sorted(LAYOUTS, key=lambda name: name != before) if layout == "auto" else [before]
-    first, *others = product(precisions, layouts)
-    if not others:
-        return first
+    if precision == "auto":
+        precision = native_precision(x.device)
+    wanted = ("channels-last" if x.device.type in CHANNELS_LAST else "default") if layout == "auto" else layout
+    why = _refusal(model, x, wanted)
+    if why and layout != "auto":
+        raise InputError(f"The network {why} with layout {layout}; leave it auto.")
+    if why:
+        wanted = "default"
+        set_layout(model, wanted)
+    return precision, wanted
+
+
+def in_words(device: torch.device, precision: Precision, layout: Layout, asked: Layout = "auto") -> str:
+    """What was settled, with the flags that repeat it, and whether channels-last was refused for it."""
+    refused = asked == "auto" and layout == "default" and device.type in CHANNELS_LAST
+    words = "default layout" if layout == "default" else layout
+    words += ", as the network does not run or not score the same in channels-last" if refused else ""
+    return f"computes in {precision}, {words} (--precision {precision} --layout {layout})"
+
+
+def _refusal(model: nn.Module, x: Images, layout: Layout) -> str:
+    """Why the network, which is put into the layout, does not bear it; empty if it does."""
+    before = layout_of(model)
     scores = _scores(model, x)
-    seconds = dict.fromkeys((first, *others), math.inf)
-    for _ in range(ROUNDS):  # in turn, so that what disturbs the machine for a while disturbs all
-        for pair in seconds:
-            seconds[pair] = min(seconds[pair], _seconds(model, x, y, pair, scores))
-    chosen = min(seconds, key=lambda pair: seconds[pair] / (MARGIN if pair == first else 1))
-    set_layout(model, chosen[1])
-    return chosen
+    try:
+        set_layout(model, layout)
+        tolerance = TOLERANCE * scores.nan_to_num().abs().max().item()
+        if torch.allclose(_scores(model, x), scores, rtol=0, atol=tolerance, equal_nan=True):
+            return ""
+        why = "gives other scores"
+    except RuntimeError as error:
+        why = f"does not run ({' '.join(str(error).split())[:150]})"
+    set_layout(model, before)
+    return why
 
 
 def _scores(model: nn.Module, x: Images) -> Tensor:
-    with held(model), torch.no_grad():
-        return logits(model(x[:8]))
-
-
-def _seconds(model: nn.Module, x: Images, y: Labels, pair: tuple[Precision, Layout], scores: Tensor) -> float:
-    """Infinite if the network fails so, which it also does where memory is full, or does not give these scores."""
-    try:
-        set_layout(model, pair[1])
-        same = torch.allclose(_scores(model, x), scores, rtol=1e-3, atol=1e-3)
-        return _step(model, x, y, pair[0]) if same else math.inf
-    except RuntimeError:
-        return math.inf
-
-
-def _step(model: nn.Module, x: Images, y: Labels, precision: Precision) -> float:
-    """Seconds of one step of PGD."""
-    start = time.perf_counter()
-    with seeded(0, x.device), autocast(x.device, precision):
-        pgd_attack(model, x, y, Threat(steps=1)).sum().item()
-    return time.perf_counter() - start
+    with held(model), torch.no_grad(), seeded(0, x.device):
+        return logits(model(x))

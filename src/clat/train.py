@@ -26,7 +26,7 @@ from clat.objectives import Objective
 from clat.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from clat.recipe import Recipe
 from clat.runs import Run, environment
-from clat.speed import choose, layout_of, set_layout
+from clat.speed import choose, in_words, layout_of, set_layout
 from clat.threat import Images, Labels, Threat
 from clat.tuners.convlora import adapted_layers, merge, merged_state
 from clat.tuners.selection import Selection
@@ -64,7 +64,7 @@ def train(
     run = Run(Path(out))
     resuming = run.claim(resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()  # every process decides before the first one writes
-    if resuming:  # with what was measured when it began
+    if resuming:  # with what was settled when it began
         stored = run.recipe
         recipe = replace(recipe, precision=stored["precision"]) if recipe.precision == "auto" else recipe
         recipe = replace(recipe, layout=stored.get("layout", "default")) if recipe.layout == "auto" else recipe
@@ -74,7 +74,8 @@ def train(
     before = layout_of(model)
     settled = _settled(recipe, model, data, accelerator)
     if settled != recipe and console and accelerator.is_main_process:
-        console.print(f"  computes in {settled.precision}, layout {settled.layout}", highlight=False)
+        words = in_words(accelerator.device, settled.precision, settled.layout, recipe.layout)
+        console.print(f"  {words}", highlight=False)
     try:
         _Trainer(settled, model, data, run, accelerator, console).fit(resuming, origin)
     finally:
@@ -83,10 +84,9 @@ def train(
 
 
 def _settled(recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accelerator) -> Recipe:
-    """The recipe with the precision and layout that its first process finds fastest; the network takes the layout."""
-    size = min(len(data), max(1, recipe.batch_size // accelerator.num_processes))
-    pixels, y = next(data.subset(torch.arange(size)).to(accelerator.device).batches(size, workers=0))
-    found = [choose(model, to_unit(pixels), y, recipe.precision, recipe.layout)]  # on every process, so all may refuse
+    """The recipe with the precision and layout of its first process in place of auto; the network takes the layout."""
+    pixels, _ = next(data.subset(torch.arange(min(8, len(data)))).to(accelerator.device).batches(8, workers=0))
+    found = [choose(model, to_unit(pixels), recipe.precision, recipe.layout)]  # on every process, so all may refuse
     precision, layout = broadcast_object_list(found)[0]
     set_layout(model, layout)
     return replace(recipe, precision=precision, layout=layout)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clat.criticality import attack_output
 from clat.errors import InputError
-from clat.layers import logits
+from clat.layers import full_precision, logits
 from clat.threat import Images, Labels, Threat
 
 
@@ -37,7 +37,7 @@ class Mart:
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         clean, attacked = logits(model(x)), logits(model(x_adv))
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             p, q = clean.softmax(1), attacked.softmax(1)
             label = y.unsqueeze(1)
             wrong = q.scatter(1, label, -1).max(1).values  # of the likeliest class that is not the label

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clat.errors import InputError
-from clat.layers import NORM_TYPES, trace
+from clat.layers import NORM_TYPES, full_precision, trace
 from clat.threat import Images, Labels, Threat
 from clat.tuners.selection import Selection, moving_norms
 
@@ -106,7 +106,7 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(outputs * size, rank * size).to(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):  # in full precision, so that merging changes nothing
+        with full_precision(weight.device):  # in full precision, so that merging changes nothing
             return weight + self.scale * (self.up @ self.down).view(weight.shape)
 
 
