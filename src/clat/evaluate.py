@@ -385,9 +385,10 @@ def _content_digest(content: dict[str, Any]) -> str:
 
 def _consistent(read: dict[str, Any], n: int, attacks: int) -> bool:
     """Whether what a record holds can have come from an evaluation of n images by so many attacks."""
-    outcomes, done, seconds = (read.get(key) for key in ("outcomes", "done", "seconds"))
-    if not all(isinstance(value, list) for value in (outcomes, done, seconds)):
+    lists: list[list[Any]] = [read.get(key) or [] for key in ("outcomes", "done", "seconds")]
+    if not all(isinstance(value, list) for value in lists):
         return False
+    outcomes, done, seconds = lists
     if len(outcomes) != n or len(done) != attacks or len(seconds) != attacks:
         return False
     if any(type(value) is not int for value in (*outcomes, *done)):
@@ -499,7 +500,11 @@ def best_device() -> str:
 
 def find_device(name: torch.device | str) -> torch.device:
     """A device by name, such as cpu, cuda, cuda:1 or mps. Raises InputError if there is none of that name here."""
-    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available()]
+    here = [
+        "cpu",
+        *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+        *["mps"] * torch.backends.mps.is_available(),
+    ]
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -25,8 +25,8 @@ CHECKS: tuple[Check, ...] = (
     Check(
         id="normalisation",
         title="the network takes pixels in [0, 1]",
-        threshold="fail if normalising inputs, or undoing that, gains over 15 points and significantly (sign test, 5 %), "
-        "warn over 5",
+        threshold="fail if normalising inputs, or undoing that, gains over 15 points and significantly (sign test, "
+        "5 %), warn over 5",
         source=NO_THRESHOLD,
         flaw="inputs seem to be normalised outside the network, or twice",
         run=checks.normalisation,
@@ -63,8 +63,8 @@ CHECKS: tuple[Check, ...] = (
     Check(
         id="state",
         title="an image's scores do not depend on the images that came before",
-        threshold="fail if significantly more than 0.2 points of scores, normalised, differ by over 0.01 (l2) from those "
-        "of a copy that saw no neighbours, or if over half repeat a neighbour's",
+        threshold="fail if significantly more than 0.2 points of scores, normalised, differ by over 0.01 (l2) from "
+        "those of a copy that saw no neighbours, or if over half repeat a neighbour's",
         source=NO_THRESHOLD,
         flaw="the network's answers depend on what it saw before, or repeat that",
         run=checks.state,
