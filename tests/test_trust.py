@@ -20,7 +20,7 @@ from clat.integrity import same_bits, snapshot
 from clat.layers import layers
 from clat.models import build_model
 from clat.threat import Threat, ascend
-from clat.trust.battery import CHECKS
+from clat.trust.battery import CHECKS, NEEDED
 from clat.trust.check import Check, grade
 from clat.trust.checks import beaten_by
 
@@ -258,7 +258,9 @@ def test_what_does_not_fit_the_budget_is_skipped_and_said(pgd_at, test_images):
     dear = [replace(check, passes=1e9) if check.id in ("square", "steps") else check for check in CHECKS]
     dear = [check for check in dear if check.id in ("gradients", "attack", "loss-gap", "square", "steps", "optimised")]
     verdict = trust(pgd_at, test_images, 0.1, limit=20, checks=dear)
-    assert "found by 3 checks (3 skipped)" in verdict.text
+    assert verdict.text.startswith("not enough was checked: clean-accuracy, ")  # left out
+    assert "large-eps, steps skipped; raise the budget" in verdict.text
+    assert not verdict.ok
     assert re.fullmatch(r"needs [\d.]+ min, (10\.0|9\.9) min left", finding(verdict, "square").measured)
     assert finding(verdict, "optimised").measured == "needs steps, which did not run"
 
@@ -364,6 +366,8 @@ def test_the_documents_table_is_that_of_the_battery():
     text = (Path(__file__).parents[1] / "docs/trust.md").read_text()
     rows = [f"| `{check.id}` | {check.title} | {check.threshold} | {check.source} |" for check in CHECKS]
     assert "\n".join(rows) in text
+    assert f"A verdict needs these checks: {', '.join(f'`{check}`' for check in NEEDED)}." in " ".join(text.split())
+    assert set(NEEDED) < {check.id for check in CHECKS}
 
 
 def test_the_adaptive_attack_goes_through_the_layers_that_are_named(pgd_at, test_images):

@@ -2,7 +2,7 @@
 
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from clat.errors import InputError
+from clat.text import plain
 from clat.threat import Cost, Images, held
 
 At = Literal["output", "activation"]
 Between = Callable[[Tensor, Tensor], Tensor]  # two features (batch, ...) -> how far apart they are (batch,)
+
+WRAPPER = "network."  # what the names of all layers begin with in a network that ``build_model`` made
 
 # Layers are the modules with a weight that mixes channels. Attention is one layer: its projections run inside it.
 LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
@@ -62,6 +65,21 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 def layers(model: nn.Module, x: Images) -> dict[str, nn.Module]:
     """The layers that run on images x, dotted name -> module, in the order of their first execution."""
     return {call.name: call.module for call in trace(model, x)}
+
+
+def named_layers(model: nn.Module, x: Images, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers of these names that run on images x; ``network.``, which ``build_model`` puts first, may be left out.
+
+    Raises:
+        InputError: a layer that the network has not
+    """
+    known = layers(model, x[:1])
+    full = {name: name if name in known else f"{WRAPPER}{name}" for name in names}
+    for name in names:
+        if full[name] not in known:
+            listed = plain(", ".join(known))
+            raise InputError(f"The network has no layer {plain(name)!r}; clat layers lists them: {listed}.")
+    return {full[name]: known[full[name]] for name in names}
 
 
 def trained_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,7 +1,7 @@
 """Robust accuracy as the attack grows stronger (Figure 4 of the paper)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import nn
 from clat.attacks import Norm, pgd, restarts
 from clat.data import Dataset
 from clat.errors import InputError
-from clat.evaluate import TOLERATED, Accuracy, Precision, Progress, evaluate
+from clat.evaluate import TOLERATED, Accuracy, Precision, Progress, evaluate, placed
 from clat.threat import Threat
 
 Over = Literal["eps", "steps"]
@@ -40,6 +40,7 @@ class Curve:
     precision: str
     batch_size: int
     weights: str
+    from_record: tuple[str, ...] = field(default=(), compare=False)  # as ``Result.from_record``, of each attack
 
     @property
     def rises(self) -> list[tuple[Point, Point]]:
@@ -65,7 +66,8 @@ def sweep(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 250,
-    device: torch.device | str = "cpu",
+    workers: int = 2,
+    device: torch.device | str | None = None,
     precision: Precision = "fp32",
     record: Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -78,6 +80,8 @@ def sweep(
         strengths: the eps, of which 0 is clean, or the numbers of steps
         eps: of all points, when sweeping over steps
         steps: of all points, when sweeping over eps
+        workers: processes that decode images which are not kept in memory
+        device: where the network is moved for the call, and then back; default where it is
         record: a folder that keeps each point's evaluation, as that of ``evaluate``
         progress: is told after each batch
     Raises:
@@ -86,21 +90,23 @@ def sweep(
     Source: Figure 4 of the paper.
     """
     attacks = threats(over, strengths, eps=eps, steps=steps, norm=norm)
-    results = [
-        evaluate(
-            model,
-            data,
-            restarts(threat, seed=seed),
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            record=record,
-            progress=progress,
-        )
-        for threat in attacks
-    ]
+    with placed([model], device):
+        results = [
+            evaluate(
+                model,
+                data,
+                restarts(threat, seed=seed),
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+                precision=precision,
+                record=record,
+                progress=progress,
+            )
+            for threat in attacks
+        ]
     points = [Point(t.radius, t.steps, r.robust) for t, r in zip(attacks, results, strict=True)]
     if over == "eps" and 0 in strengths:
         points.insert(0, Point(0.0, steps, results[0].clean))
@@ -116,6 +122,7 @@ def sweep(
         precision=precision,
         batch_size=batch_size,
         weights=found.weights,
+        from_record=tuple(filter(None, (result.from_record for result in results))),
     )
 
 

@@ -146,6 +146,19 @@ def check_one_step(threat: Threat, objective: str, length: str) -> None:
         )
 
 
+class NoGradientError(InputError):
+    """What the network returns has no gradient to the pixels."""
+
+
+def check_gradient(values: Tensor) -> None:
+    """Raises NoGradientError unless a value computed from the pixels has a gradient to them."""
+    if not values.requires_grad:
+        raise NoGradientError(
+            "Gradient attacks cannot see through this network: what it returns has no gradient to the pixels; attack "
+            "it without gradients, by clat evaluate --tier blackbox (Square)."
+        )
+
+
 def per_image(values: Tensor, like: Images) -> Tensor:
     """Shape (batch,) made to multiply a tensor of shape (batch, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
@@ -187,6 +200,7 @@ def ascend(
         for _ in range(threat.steps):
             x_adv = x_adv.detach().requires_grad_()
             values = cost(x_adv)
+            check_gradient(values)
             (gradient,) = torch.autograd.grad(values.sum(), x_adv)
             if keep == "best":
                 best, best_cost = _better(best, best_cost, x_adv.detach(), values.detach())

@@ -19,8 +19,10 @@ from clat.evaluate import (
     attacked,
     autocast,
     check_all_fit,
+    check_count,
     check_one_ball,
     drawn,
+    placed,
     predict,
     seeded,
     weights_digest,
@@ -84,7 +86,8 @@ def transfer(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 250,
-    device: torch.device | str = "cpu",
+    workers: int = 2,
+    device: torch.device | str | None = None,
     precision: Precision = "fp32",
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Transfer:
@@ -94,6 +97,8 @@ def transfer(
         models: at least two by name; each takes pixels in [0, 1] and returns class scores (batch, classes)
         attacks: one for all networks, by default PGD-20 with a random start at eps 8/255, or one for each
         limit: attack this many images, drawn at random by ``seed``
+        workers: processes that decode images which are not kept in memory
+        device: where the networks are moved for the call, and then back; default where the first one is
         progress: is told after each batch
     Raises:
         InputError: fewer than two networks, one that does not take the images or tells other classes apart, or not one
@@ -108,23 +113,25 @@ def transfer(
     if len(each) != len(models):
         raise InputError(f"There are {len(models)} networks and {len(each)} attacks; give one attack a network.")
     check_one_ball(each)
+    check_count("batch_size", batch_size)
     data = drawn(data, limit, seed)
-    check_all_fit(models, data, device)
     start = time.perf_counter()
-    on_device = data.to(device)
     clean = [0] * len(models)
     right = [[0] * len(models) for _ in models]
-    for i, ((name, model), attack) in enumerate(zip(models.items(), each, strict=True)):
-        done = 0
-        for pixels, y in on_device.batches(batch_size):
-            x = to_unit(pixels)
-            with autocast(device, precision), seeded(attack.seed, device):
-                clean[i] += int((predict(model, x) == y).sum())
-                x_adv = attacked(attack, model, x, y)
-                for j, target in enumerate(models.values()):
-                    right[i][j] += int((predict(target, x_adv) == y).sum())
-            done += len(y)
-            progress(Progress(name, i + 1, len(models), done, len(data), done - right[i][i]))
+    with placed(list(models.values()), device) as place:
+        check_all_fit(models, data, place)
+        on_device = data.to(place)
+        for i, ((name, model), attack) in enumerate(zip(models.items(), each, strict=True)):
+            done = 0
+            for pixels, y in on_device.batches(batch_size, workers=workers):
+                x = to_unit(pixels)
+                with autocast(place, precision), seeded(attack.seed, place):
+                    clean[i] += int((predict(model, x) == y).sum())
+                    x_adv = attacked(attack, model, x, y)
+                    for j, target in enumerate(models.values()):
+                        right[i][j] += int((predict(target, x_adv) == y).sum())
+                done += len(y)
+                progress(Progress(name, i + 1, len(models), done, len(data), done - right[i][i]))
     return Transfer(
         networks=tuple(models),
         clean=tuple(Accuracy(correct, len(data)) for correct in clean),

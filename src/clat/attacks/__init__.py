@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from clat.attacks.attack import Attack
 from clat.attacks.auto import apgd_ce, apgd_targeted, autoattack, fab_targeted, square, square_takes
@@ -11,7 +11,7 @@ from clat.attacks.pgd import pgd, pgd_attack, restarts
 from clat.errors import InputError
 
 Norm = Literal["linf", "l2"]
-TierName = Literal["quick", "standard", "full"]
+TierName = Literal["quick", "standard", "full", "blackbox"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ def tier(
     """The attacks of a tier, for a network with this many classes.
 
     quick: PGD with random restarts on 512 images. standard: APGD-CE and targeted APGD on 1,000. full: AutoAttack's
-    standard version (APGD-CE, targeted APGD, targeted FAB, Square) on all.
+    standard version (APGD-CE, targeted APGD, targeted FAB, Square) on all. blackbox: Square on 1,000, which needs no
+    gradients, for networks that have none.
 
     Args:
         steps, starts: of the quick tier's PGD
@@ -47,7 +48,9 @@ def tier(
         return Tier(attacks=both, images=1000)
     if name == "full":
         return Tier(attacks=autoattack(eps, classes, norm, seed=seed), images=None)
-    raise InputError(f"There is no tier {name!r}; choose quick, standard or full.")
+    if name == "blackbox":
+        return Tier(attacks=(square(eps, norm, seed=seed),), images=1000)
+    raise InputError(f"There is no tier {name!r}; choose one of {', '.join(get_args(TierName))}.")
 
 
 __all__ = [

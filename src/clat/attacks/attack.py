@@ -1,12 +1,16 @@
 """What an evaluation attack is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from clat.threat import Images, Labels, Threat
+from clat.errors import InputError
+from clat.layers import logits
+from clat.threat import Images, Labels, Threat, check_gradient
 
 Perturb = Callable[[nn.Module, Images, Labels], Images]
 
@@ -33,3 +37,31 @@ class Attack:
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+
+
+@contextmanager
+def finite_scores(model: nn.Module) -> Iterator[Callable[[Images], Tensor]]:
+    """What an evaluation attack asks for class scores (batch, classes), image batch by image batch.
+
+    Raises:
+        NoGradientError: the attack wants a gradient, and the scores have none
+        InputError: at the end, if a score was not finite: attacks lose their way there, and the image would pass as
+            robust
+    """
+    finite: Tensor | None = None
+
+    def scores(x: Images) -> Tensor:
+        nonlocal finite
+        found = logits(model(x))
+        if x.requires_grad and torch.is_grad_enabled():
+            check_gradient(found)
+        now = torch.isfinite(found.detach()).all()
+        finite = now if finite is None else finite & now
+        return found
+
+    yield scores
+    if finite is not None and not finite:
+        raise InputError(
+            "The network gave class scores that are not finite on attacked images, so that the attack means nothing "
+            "there; check its weights, and for roots, divisions or logarithms without a derivative."
+        )

@@ -10,9 +10,8 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from clat.attacks.attack import Attack
+from clat.attacks.attack import Attack, finite_scores
 from clat.errors import InputError
-from clat.layers import logits
 from clat.threat import Images, Labels, Threat
 
 Norm = Literal["linf", "l2"]
@@ -149,7 +148,8 @@ def _attack(
     threat = Threat(eps=eps, norm=norm)
 
     def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
-        return make(lambda z: logits(model(z)), threat).perturb(x, y)
+        with finite_scores(model) as scores:
+            return make(scores, threat).perturb(x, y)
 
     return Attack(name=name, perturb=perturb, threat=threat, passes=passes, seed=seed, settings=settings, note=note)
 

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.attacks.attack import Attack
+from clat.attacks.attack import Attack, finite_scores
 from clat.attacks.pgd import pgd
 from clat.data import Dataset, to_unit
 from clat.errors import InputError
-from clat.layers import At, feature_distance, logits
-from clat.layers import layers as layers_of
+from clat.layers import At, feature_distance, named_layers
 from clat.threat import Images, Labels, Threat, ascend, per_image
 
 
@@ -45,16 +44,17 @@ def through_layers(
     threat = pgd(eps, steps, norm)
 
     def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
-        start = ascend(feature_distance(model, x, _modules(model, x, layers), at=at), x, threat, model=model)
+        start = ascend(feature_distance(model, x, named_layers(model, x, layers), at=at), x, threat, model=model)
+        with finite_scores(model) as scores:
 
-        def climbed(cost: Callable[[Tensor, Labels], Tensor]) -> Images:
-            return ascend(lambda z: cost(logits(model(z)), y), x, threat, model=model, keep="best", start=start)
+            def climbed(cost: Callable[[Tensor, Labels], Tensor]) -> Images:
+                return ascend(lambda z: cost(scores(z), y), x, threat, model=model, keep="best", start=start)
 
-        best, highest = start, margin(logits(model(start)), y)
-        for x_adv in (climbed(cross_entropy), climbed(margin)):
-            found = margin(logits(model(x_adv)), y)
-            best = torch.where(per_image(found > highest, x), x_adv, best)
-            highest = torch.maximum(found, highest)
+            best, highest = start, margin(scores(start), y)
+            for x_adv in (climbed(cross_entropy), climbed(margin)):
+                found = margin(scores(x_adv), y)
+                best = torch.where(per_image(found > highest, x), x_adv, best)
+                highest = torch.maximum(found, highest)
         return best
 
     return Attack(
@@ -100,7 +100,7 @@ def activation(
 
     def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
         pixels, _ = next(guides.subset(_of_another_class(guides.labels.cpu(), y.cpu())).batches(len(y), workers=0))
-        distance = feature_distance(model, to_unit(pixels).to(x.device), _modules(model, x, [layer]), at=at)
+        distance = feature_distance(model, to_unit(pixels).to(x.device), named_layers(model, x, [layer]), at=at)
         return ascend(lambda z: -distance(z), x, threat, model=model, momentum=momentum)
 
     settings = {"layer": layer, "at": at, "steps": steps, "step": float(threat.step), "momentum": momentum}
@@ -127,14 +127,6 @@ def margin(scores: Tensor, y: Labels) -> Tensor:
 def cross_entropy(scores: Tensor, y: Labels) -> Tensor:
     """The cross-entropy, image by image (batch,), of class scores (batch, classes)."""
     return F.cross_entropy(scores, y, reduction="none")
-
-
-def _modules(model: nn.Module, x: Images, names: Sequence[str]) -> dict[str, nn.Module]:
-    known = layers_of(model, x[:1])
-    for name in names:
-        if name not in known:
-            raise InputError(f"The network has no layer {name!r}; clat layers lists them: {', '.join(known)}.")
-    return {name: known[name] for name in names}
 
 
 def _of_another_class(labels: Labels, y: Labels) -> Tensor:

@@ -1,11 +1,12 @@
 """Projected gradient descent on the cross-entropy, with random restarts."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from clat.attacks.attack import Attack
+from clat.attacks.attack import Attack, finite_scores
 from clat.errors import InputError
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat, ascend
@@ -19,7 +20,11 @@ def pgd(eps: float | str, steps: int, norm: Literal["linf", "l2"] = "linf") -> T
 
 def pgd_attack(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
     """PGD on the cross-entropy; of each image the iterate with the highest loss."""
-    return ascend(lambda z: F.cross_entropy(logits(model(z)), y, reduction="none"), x, threat, model=model, keep="best")
+    return _ascend_loss(lambda z: logits(model(z)), model, x, y, threat)
+
+
+def _ascend_loss(scores: Callable[[Images], Tensor], model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+    return ascend(lambda z: F.cross_entropy(scores(z), y, reduction="none"), x, threat, model=model, keep="best")
 
 
 def restarts(threat: Threat, starts: int = 1, seed: int = 0) -> tuple[Attack, ...]:
@@ -31,10 +36,15 @@ def restarts(threat: Threat, starts: int = 1, seed: int = 0) -> tuple[Attack, ..
     if starts < 1:
         raise InputError(f"The number of random starts is {starts}; it must be 1 or more.")
     name = f"PGD-{threat.steps}"
+
+    def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
+        with finite_scores(model) as scores:
+            return _ascend_loss(scores, model, x, y, threat)
+
     return tuple(
         Attack(
             name=name if starts == 1 else f"{name}, start {start + 1}",
-            perturb=lambda model, x, y: pgd_attack(model, x, y, threat),
+            perturb=perturb,
             threat=threat,
             passes=threat.steps + 1,
             seed=seed + start,

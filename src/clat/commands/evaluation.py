@@ -1,5 +1,6 @@
 """The commands that attack a network: evaluate, transfer, sweep and trust."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,20 @@ from torch import nn
 
 from clat.attacks import TierName, activation, pgd, restarts
 from clat.attacks import tier as make_tier
-from clat.checkpoint import checkpoint_path, load_checkpoint
-from clat.commands.shared import console, data_named, numbers, write_json
+from clat.checkpoint import checkpoint_path
+from clat.commands.shared import (
+    assumed,
+    console,
+    data_named,
+    device_named,
+    is_beside_the_first,
+    network_named,
+    numbers,
+    write_json,
+)
+from clat.data import Dataset
 from clat.errors import InputError
-from clat.evaluate import Progress, best_device, check_all_fit, check_fits, drawn, pass_seconds, worst_case
+from clat.evaluate import Progress, check_all_fit, check_count, check_fits, drawn, pass_seconds, worst_case
 from clat.evaluate import evaluate as evaluate_model
 from clat.pictures import check_picture, draw_curves
 from clat.runs import Run
@@ -30,9 +41,10 @@ from clat.tables import (
     transfer_table,
     trust_table,
 )
+from clat.text import plain
 from clat.threat import Threat
 from clat.transfer import transfer as transfer_between
-from clat.trust import BUDGET, IMAGES
+from clat.trust import BATCH, BUDGET, IMAGES
 from clat.trust import trust as trust_model
 
 SEEDS_APART = 1000  # between repeats: more than any attack has random starts
@@ -53,6 +65,8 @@ def evaluate(
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 250,
+    workers: int = 2,
+    device: str | None = None,
     out: str | None = None,
     json: str | None = None,
 ) -> None:
@@ -61,9 +75,10 @@ def evaluate(
     An evaluation that was interrupted goes on where it stopped when the same command is given again.
 
     Args:
-        network: a checkpoint, or a run folder (its best checkpoint)
+        network: a checkpoint, a run folder (its best checkpoint), or a model name
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
-        tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000) or full (AutoAttack on all)
+        tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000), full (AutoAttack on all) or
+            blackbox (Square alone on 1,000), for networks without gradients
         split: split of the data
         eps: radius of the ball in pixels of [0, 1], e.g. 8/255
         attack_norm: norm of the ball
@@ -74,16 +89,18 @@ def evaluate(
         seed: draws the images and the attack's start
         precision: fp32, or bf16 autocast
         batch_size: images attacked together; lower it if the device's memory does not suffice
+        workers: processes that decode images which are not kept in memory
+        device: cpu, cuda, cuda:1 or mps; default the fastest kind of device here
         out: folder that keeps the evaluation's record; default evaluations beside the checkpoint
         json: write the result to this file, or to standard output if it is -
     """
+    if is_beside_the_first():
+        return
     for key, value in (("repeats", repeats), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{key} is {value}; it must be 1 or more.")
-    model, _ = load_checkpoint(network)
-    dataset = data_named(data, split)
-    device = best_device()
-    check_fits(model.to(device), dataset, device)
+        check_count(key, value)
+    place, dataset = device_named(device), data_named(data, split)
+    model = _opened(network, dataset).to(place)
+    check_fits(model, dataset, place)
     tiers = [
         make_tier(
             tier, eps, len(dataset.classes), attack_norm, steps=steps, starts=starts, seed=seed + repeat * SEEDS_APART
@@ -92,14 +109,15 @@ def evaluate(
     ]
     limit = tiers[0].images if limit is None else limit
     chosen = drawn(dataset, limit, seed)
-    path = checkpoint_path(network)
     talk = console if json != "-" else Console(quiet=True)
     passes = sum(attack.passes for each in tiers for attack in each.attacks)
-    most = passes * len(chosen) * pass_seconds(model, chosen, batch_size=batch_size, device=device)
+    most = passes * len(chosen) * pass_seconds(model, chosen, batch_size=batch_size, device=place)
     ball = attack_name("", tiers[0].attacks[0].threat).strip()
-    talk.print(f"{network} on {len(chosen):,} of {len(dataset):,} images of {data} ({split}), {ball}, {precision}")
+    images = f"{len(chosen):,} of {len(dataset):,} images of {data}"
+    talk.print(plain(f"{network} on {images}, {ball}"), highlight=False)
+    talk.print(assumed(place, precision, dataset), highlight=False)
     for line in plan(tiers[0].attacks):
-        talk.print(f"  {line}", highlight=False)
+        talk.print(plain(f"  {line}"), highlight=False)
     talk.print(f"  At most {duration(most)} here; images once broken are not attacked again.", style="dim")
     results = []
     for each in tiers:
@@ -111,14 +129,16 @@ def evaluate(
                 limit=limit,
                 seed=seed,
                 batch_size=batch_size,
-                device=device,
+                workers=workers,
+                device=place,
                 precision=precision,
-                record=Path(out) if out else path.parent / "evaluations",
+                record=_records(network, out),
                 progress=progress,
             )
         results.append(result)
+        _say_read([result.from_record], talk)
         talk.print(evaluation_table(result))
-    facts = {"network": str(path), "tier": tier, **results[0].to_json()}
+    facts = {"network": _path(network), "tier": tier, **results[0].to_json()}
     if repeats > 1:
         worst = worst_case(results)
         lowest = min(results, key=lambda result: result.robust.correct).robust
@@ -148,6 +168,9 @@ def transfer(
     limit: int = 512,
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 250,
+    workers: int = 2,
+    device: str | None = None,
     json: str | None = None,
 ) -> None:
     """Attacks images on each network and measures every network on them (Table 2): black-box robustness.
@@ -156,7 +179,7 @@ def transfer(
     (white-box) should fool it more than images attacked on another; where it does not, this is said.
 
     Args:
-        networks: two or more checkpoints or run folders (their best checkpoints)
+        networks: two or more checkpoints, run folders (their best checkpoints) or model names
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
         attack: pgd, from a random start, or activation (Inkawhich et al. 2019), which is made to transfer
         layer: whose feature the activation attack moves; one for all networks, or one for each, after commas
@@ -167,11 +190,17 @@ def transfer(
         limit: attack this many images, drawn at random by the seed
         seed: draws the images, and the attack's start or guide images
         precision: fp32, or bf16 autocast
+        batch_size: images attacked together; lower it if the device's memory does not suffice
+        workers: processes that decode images which are not kept in memory
+        device: cpu, cuda, cuda:1 or mps; default the fastest kind of device here
         json: write the result to this file, or to standard output if it is -
     """
     if (layer is None) == (attack == "activation"):
         raise InputError("--layer NAME goes with --attack activation, and only with it; clat layers lists the names.")
-    models, dataset = _several(networks), data_named(data, split)
+    if is_beside_the_first():
+        return
+    place, dataset = device_named(device), data_named(data, split)
+    models = _several(networks, dataset)
     if layer is None:
         attacks = list(restarts(pgd(eps, 20 if steps is None else steps, attack_norm), seed=seed))
     else:
@@ -185,20 +214,22 @@ def transfer(
             attacks[0] if len(attacks) == 1 else attacks,
             limit=limit,
             seed=seed,
-            device=best_device(),
+            batch_size=batch_size,
+            workers=workers,
+            device=place,
             precision=precision,
             progress=progress,
         )
     ball = attack_name(found.attack, attacks[0].threat)
-    images = f"{found.clean[0].n:,} of {len(dataset):,} images of {data} ({split})"
-    talk.print(f"{ball}, {precision}; {images}", highlight=False)
+    talk.print(plain(f"{ball}; {found.clean[0].n:,} of {len(dataset):,} images of {data}"), highlight=False)
+    talk.print(assumed(place, precision, dataset), highlight=False)
     talk.print(transfer_table(found), highlight=False)
     for source, target in found.stronger:
-        talk.print(
+        warning = (
             f"Warning: images attacked on {source} fool {target} more than those attacked on {target} itself: a sign "
-            "of gradient masking or of too weak an attack; try clat evaluate --tier full.",
-            highlight=False,
+            "of gradient masking or of too weak an attack; try clat evaluate --tier full."
         )
+        talk.print(plain(warning), highlight=False)
     if json is not None:
         write_json(json, found.to_json())
 
@@ -216,6 +247,9 @@ def sweep(
     limit: int = 512,
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 250,
+    workers: int = 2,
+    device: str | None = None,
     out: str | None = None,
     picture: str | None = None,
     json: str | None = None,
@@ -226,7 +260,7 @@ def sweep(
     failed. A sweep that was interrupted goes on where it stopped when the same command is given again.
 
     Args:
-        networks: checkpoints or run folders (their best checkpoints)
+        networks: checkpoints, run folders (their best checkpoints) or model names
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
         over_eps: radii of the ball in pixels of [0, 1], 0 being clean, or none to leave this curve out
         over_steps: numbers of PGD steps, each eps / 4 long, or none to leave this curve out
@@ -237,10 +271,15 @@ def sweep(
         limit: evaluate this many images, drawn at random by the seed
         seed: draws the images and the attack's start
         precision: fp32, or bf16 autocast
+        batch_size: images attacked together; lower it if the device's memory does not suffice
+        workers: processes that decode images which are not kept in memory
+        device: cpu, cuda, cuda:1 or mps; default the fastest kind of device here
         out: folder that keeps the evaluations' records; default evaluations beside each checkpoint
         picture: draw the curves into this file: .png, .pdf or .svg
         json: write the curves to this file, or to standard output if it is -
     """
+    if is_beside_the_first():
+        return
     lists: dict[Over, str] = {"eps": over_eps, "steps": over_steps}
     wanted = {over: numbers(text) or [] for over, text in lists.items() if text != "none"}
     if not wanted:
@@ -249,9 +288,11 @@ def sweep(
         check_picture(Path(picture))
     for over, strengths in wanted.items():
         threats(over, strengths, eps=eps, steps=steps, norm=attack_norm)
-    models, dataset, device = _several(networks), data_named(data, split), best_device()
-    check_all_fit(models, dataset, device)
+    place, dataset = device_named(device), data_named(data, split)
+    models = {name: model.to(place) for name, model in _several(networks, dataset).items()}
+    check_all_fit(models, dataset, place)
     talk = console if json != "-" else Console(quiet=True)
+    talk.print(assumed(place, precision, dataset), highlight=False)
     curves: dict[Over, dict[str, Curve]] = {}
     for over, strengths in wanted.items():
         curves[over] = {}
@@ -267,23 +308,26 @@ def sweep(
                     norm=attack_norm,
                     limit=limit,
                     seed=seed,
-                    device=device,
+                    batch_size=batch_size,
+                    workers=workers,
+                    device=place,
                     precision=precision,
-                    record=Path(out) if out else checkpoint_path(name).parent / "evaluations",
+                    record=_records(name, out),
                     progress=progress,
                 )
+            _say_read(curves[over][name].from_record, talk)
         images = min(limit, len(dataset))
         kind = f"PGD-{steps} {attack_norm}" if over == "eps" else attack_name("PGD", pgd(eps, steps, attack_norm))
-        talk.print(f"{kind}, {precision}; {images:,} of {len(dataset):,} images of {data} ({split})", highlight=False)
+        talk.print(plain(f"{kind}; {images:,} of {len(dataset):,} images of {data}"), highlight=False)
         talk.print(sweep_table(curves[over]), highlight=False)
         for name, curve in curves[over].items():
             for weak, strong in curve.rises:
-                talk.print(
+                warning = (
                     f"Warning: the accuracy of {name} rises from {over} {strength(curve, weak)} to "
                     f"{strength(curve, strong)} ({weak.accuracy.correct} to {strong.accuracy.correct} images): a "
-                    "sign of gradient masking or of too weak an attack; try clat evaluate --tier full.",
-                    highlight=False,
+                    "sign of gradient masking or of too weak an attack; try clat evaluate --tier full."
                 )
+                talk.print(plain(warning), highlight=False)
     if picture is not None:
         draw_curves(list(curves.values()), Path(picture))
     if json is not None:
@@ -304,12 +348,17 @@ def trust(
     limit: int = IMAGES,
     budget: float = BUDGET,
     seed: int = 0,
+    batch_size: int = BATCH,
+    device: str | None = None,
+    verbose: bool = False,
     json: str | None = None,
 ) -> int:
     """Looks for signs that a network's robustness is overstated or its evaluation broken; exit code 1 if there are any.
 
+    So it is if not enough was checked: docs/trust.md lists the checks that a verdict needs.
+
     Args:
-        network: a checkpoint, or a run folder (its best checkpoint)
+        network: a checkpoint, a run folder (its best checkpoint), or a model name
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
         split: split of the data
         eps: radius of the ball in pixels of [0, 1], e.g. 8/255
@@ -320,15 +369,20 @@ def trust(
         limit: use this many images, drawn at random by the seed
         budget: minutes; checks that do not fit are skipped, and the verdict says so
         seed: draws the images and the attacks' random numbers
+        batch_size: images that run together; lower it if the device's memory does not suffice
+        device: cpu, cuda, cuda:1 or mps; default the fastest kind of device here
+        verbose: print each check's threshold and where it comes from
         json: write verdict and findings to this file, or to standard output if it is -
     """
-    model, _ = load_checkpoint(network)
-    surrogate = load_checkpoint(base)[0] if base else None
+    if is_beside_the_first():
+        return 0
+    place, dataset = device_named(device), data_named(data, split)
+    model, surrogate = _opened(network, dataset), _opened(base, dataset) if base else None
     talk = console if json != "-" else Console(quiet=True)
     with talk.status("") as line:
         verdict = trust_model(
             model,
-            data_named(data, split),
+            dataset,
             eps,
             attack_norm,
             base=surrogate,
@@ -336,14 +390,17 @@ def trust(
             limit=limit,
             budget=budget,
             seed=seed,
-            device=best_device(),
+            batch_size=batch_size,
+            device=place,
             progress=lambda check: line.update(check.title),
         )
     ball = attack_name("", Threat(eps=eps, norm=attack_norm)).strip()
-    talk.print(trust_table(verdict, f"{network} on {verdict.clean.n} images of {data} ({split}), {ball}"))
-    talk.print(f"\nVerdict: {verdict.text}.", style="bold" if verdict.ok else "bold red", highlight=False)
+    talk.print(plain(f"Verdict: {verdict.text}."), style="bold" if verdict.ok else "bold red", highlight=False)
+    talk.print(assumed(place, "fp32", dataset), highlight=False)
+    title = f"{network} on {verdict.clean.n} images of {data}, {ball}"
+    talk.print(trust_table(verdict, title, thresholds=verbose), highlight=False)
     if json is not None:
-        write_json(json, {"network": str(checkpoint_path(network)), "base": base, **verdict.to_json()})
+        write_json(json, {"network": _path(network), "base": base, **verdict.to_json()})
     return 0 if verdict.ok else 1
 
 
@@ -351,7 +408,7 @@ def trust(
 def _showing(console: Console) -> Iterator[Callable[[Progress], None]]:
     """A bar for the attack that is running, on a terminal."""
     with rich.progress.Progress(
-        "{task.description}",
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(),
@@ -362,20 +419,45 @@ def _showing(console: Console) -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("")
 
         def show(now: Progress) -> None:
-            name = f"{now.name} ({now.number} of {now.attacks}), {now.broken} broken"
+            name = f"{plain(now.name)} ({now.number} of {now.attacks}), {now.broken} broken"
             bar.update(task, description=name, completed=now.done, total=now.total)
 
         yield show
 
 
-def _several(names: Sequence[str]) -> dict[str, nn.Module]:
-    """The networks in these checkpoints and run folders, by the names given."""
+def _opened(network: str, data: Dataset) -> nn.Module:
+    """The network that a command is given."""
+    return network_named(network, data)
+
+
+def _several(names: Sequence[str], data: Dataset) -> dict[str, nn.Module]:
+    """The networks that a command is given, by the names given."""
     if len(set(names)) < len(names):
         raise InputError("A network is named twice; name each once.")
-    return {name: load_checkpoint(name)[0] for name in names}
+    return {name: _opened(name, data) for name in names}
+
+
+def _path(network: str) -> str:
+    """The file that a network is read from, or its name if it is from none."""
+    return str(checkpoint_path(network)) if os.path.exists(network) else network
+
+
+def _records(network: str, out: str | None) -> Path | None:
+    """The folder of an evaluation's record; None for a network by name, unless one is given."""
+    if out is not None:
+        return Path(out)
+    return checkpoint_path(network).parent / "evaluations" if os.path.exists(network) else None
+
+
+def _say_read(words: Sequence[str], talk: Console) -> None:
+    """Says what was read from records and not measured now."""
+    for each in filter(None, words):
+        talk.print(f"{each[0].upper()}{each[1:]}.", highlight=False)
 
 
 def _selected(network: str) -> list[str]:
     """The layers that CLAT selected in the run that a run folder or a checkpoint in it belongs to, each once."""
+    if not os.path.exists(network):
+        return []
     run = Run(Path(network) if Path(network).is_dir() else Path(network).parent)
     return run.selected if run.exists and run.recipe["tuner"] == "critical" else []

@@ -7,11 +7,21 @@ import torch
 
 from clat.attacks import pgd
 from clat.checkpoint import save_checkpoint
-from clat.commands.shared import console, data_named, model_options, network_named, numbers, write_json
+from clat.commands.shared import (
+    assumed,
+    console,
+    data_named,
+    device_named,
+    is_beside_the_first,
+    model_options,
+    network_named,
+    numbers,
+    write_json,
+)
 from clat.criticality import Norm, attack_output, criticality
 from clat.data import EMBEDDED, to_unit
 from clat.errors import InputError
-from clat.evaluate import best_device, check_fits
+from clat.evaluate import check_fits, predict
 from clat.layers import At
 from clat.models.importing import import_weights
 from clat.tables import attack_name, layer_table, ranking
@@ -28,6 +38,7 @@ def layers(
     norm: Norm = "paper",
     at: At = "output",
     seed: int = 0,
+    device: str | None = None,
     json: str | None = None,
 ) -> None:
     """Ranks the layers of a network by criticality (Eq. 5 and 6), most critical first.
@@ -42,20 +53,22 @@ def layers(
         norm: divide feature distances by N (paper, Eq. 5) or by sqrt N (rms)
         at: compare features at the layer's output or after its normalisation and activation
         seed: draws the images and the attack's start
+        device: cpu, cuda, cuda:1 or mps; default the fastest kind of device here
         json: write the table to this file, or to standard output if it is -
     """
-    dataset = data_named(data, split)
-    model = network_named(network, dataset)
-    device = best_device()
-    model.to(device)
-    check_fits(model, dataset, device)
+    if is_beside_the_first():
+        return
     if batch < 1:
         raise InputError(f"batch is {batch}; the criticality needs at least one image.")
+    place, dataset = device_named(device), data_named(data, split)
+    model = network_named(network, dataset).to(place)
+    check_fits(model, dataset, place)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:batch]
-    pixels, y = next(dataset.subset(order.sort().values).to(device).batches(batch, workers=0))
+    pixels, y = next(dataset.subset(order.sort().values).to(place).batches(batch, workers=0))
     torch.manual_seed(seed)
     threat = replace(pgd(eps, steps), step=_paper_step(eps))
     x = to_unit(pixels)
+    predict(model, x)  # its scores are finite
     scores = criticality(model, x, attack_output(model, x, y, threat), norm=norm, at=at)
     rows = ranking(scores)
     if json is not None:
@@ -64,6 +77,7 @@ def layers(
     if json != "-":
         size = sum(parameter.numel() for parameter in model.parameters())
         attack = attack_name(f"PGD-{steps}", threat)
+        console.print(assumed(place, "fp32", dataset), highlight=False)
         console.print(layer_table(rows, size, f"Layers of {network}, most critical first ({len(x)} images, {attack})"))
 
 

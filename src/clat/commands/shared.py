@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -13,12 +14,40 @@ from clat.arguments import named
 from clat.checkpoint import load_checkpoint
 from clat.data import Dataset, load_data
 from clat.errors import InputError
+from clat.evaluate import best_device, find_device
 from clat.files import write_text
 from clat.models import build_model
+from clat.text import plain
 from clat.threat import fraction
 
 _first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launch or torchrun started
-console = Console(quiet=not _first, width=None if sys.stdout.isatty() else 120)
+# Names come from files and folders: nothing in them is markup.
+console = Console(quiet=not _first, width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
+
+
+def is_beside_the_first() -> bool:
+    """Whether a launcher started this process beside the first one, which alone evaluates; if so, says it."""
+    if not _first:
+        print(f"clat: process {os.environ['RANK']} ends; evaluations run in the first one alone.", file=sys.stderr)
+    return not _first
+
+
+def device_named(text: str | None) -> torch.device:
+    """The device of ``--device``: cpu, cuda, cuda:1 or mps; the fastest kind of device here if it is not given.
+
+    Raises:
+        InputError: another name, or no such device here
+    """
+    device = find_device(text or best_device())
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"{device} is no device that clat runs on; choose cpu, cuda, cuda:1 or mps.")
+    return device
+
+
+def assumed(device: torch.device, precision: str, data: Dataset) -> str:
+    """What a command takes for granted, on one line."""
+    names = ", ".join(data.classes[:3]) + (", ..." if len(data.classes) > 3 else "")
+    return plain(f"Device {device}, precision {precision}, split {data.split}, {len(data.classes)} classes ({names})")
 
 
 def network_named(name: str, data: Dataset) -> nn.Module:

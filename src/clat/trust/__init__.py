@@ -11,11 +11,11 @@ from torch import nn
 from clat.attacks import Norm
 from clat.data import Dataset, to_unit
 from clat.errors import InputError
-from clat.evaluate import Accuracy, check_fits, drawn, seeded, weights_digest
-from clat.layers import layers as layers_of
-from clat.trust.battery import CHECKS
+from clat.evaluate import Accuracy, check_count, check_fits, drawn, placed, seeded, weights_digest
+from clat.layers import named_layers, trace
+from clat.trust.battery import CHECKS, NEEDED
 from clat.trust.check import STATUSES, Check, Finding, Outcome, Skip
-from clat.trust.subject import Subject
+from clat.trust.subject import BATCH, Subject
 
 IMAGES = 200
 BUDGET = 10.0  # minutes
@@ -26,8 +26,9 @@ REFERENCE = "attack"  # the check whose attack others are compared with
 class Verdict:
     """What all checks found together.
 
-    text: in words; ok: no check failed; clean: accuracy without attack; robust: accuracy in the worst case over all
-    attacks in the ball, None if there was none; eps ... budget: what it takes to repeat it; seconds: all of it.
+    text: in words; ok: no check failed, and those that a verdict needs ran (``NEEDED``); clean: accuracy without attack;
+    robust: accuracy in the worst case over all attacks in the ball, None if there was none; eps ... batch_size: what it
+    takes to repeat it; seconds: all of it.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Verdict:
     limit: int | None
     seed: int
     budget: float
+    batch_size: int
     weights: str
     seconds: float
 
@@ -61,7 +63,8 @@ def trust(
     limit: int | None = IMAGES,
     budget: float = BUDGET,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    batch_size: int = BATCH,
+    device: torch.device | str | None = None,
     checks: Sequence[Check] = CHECKS,
     progress: Callable[[Check], None] = lambda _: None,
 ) -> Verdict:
@@ -78,6 +81,8 @@ def trust(
         layers: dotted names of those that CLAT selected, for the attack through them; default the most critical 5 %
         limit: use this many images, drawn at random by ``seed``; None is all
         budget: minutes; a check that is estimated not to fit in what is left is skipped, and the verdict says so
+        batch_size: images that run together
+        device: where the networks are moved for the call, and then back; default where ``model`` is
         checks: those to run, in this order
         progress: is told before each check
     Raises:
@@ -85,17 +90,30 @@ def trust(
             short for the attack that the other checks are compared with
     """
     began = time.perf_counter()
+    check_count("batch_size", batch_size)
     data = drawn(data, limit, seed)
-    for network in filter(None, (model, base)):
-        check_fits(network.to(device), data, device)
-    pixels, y = next(data.to(device).batches(len(data), workers=0))
-    known = layers_of(model, to_unit(pixels[:1]))
-    for name in layers:
-        if name not in known:
-            raise InputError(f"The network has no layer {name!r}; clat layers lists them.")
-    with seeded(seed, device):
-        subject = Subject(model, to_unit(pixels), y, data.statistics(), eps, norm, base=base, layers=layers, seed=seed)
-        findings = _run(subject, checks, began + 60 * budget, progress)
+    networks = [model] if base is None else [model, base]
+    with placed(networks, device) as place:
+        for network in networks:
+            check_fits(network, data, place)
+        pixels, y = next(data.to(place).batches(len(data), workers=0))
+        x = to_unit(pixels)
+        through = list(named_layers(model, x, layers)) if layers else []
+        trace(model, x[:1])  # there is a layer for the attack through layers
+        with seeded(seed, place):
+            subject = Subject(
+                model,
+                x,
+                y,
+                data.statistics(),
+                eps,
+                norm,
+                base=base,
+                layers=through,
+                seed=seed,
+                batch_size=batch_size,
+            )
+            findings = _run(subject, checks, began + 60 * budget, progress)
     text, ok = _verdict(findings, checks)
     attacked = any(finding.check == REFERENCE and finding.status != "skipped" for finding in findings)
     return Verdict(
@@ -111,6 +129,7 @@ def trust(
         limit=limit,
         seed=seed,
         budget=budget,
+        batch_size=batch_size,
         weights=weights_digest(model),
         seconds=round(time.perf_counter() - began, 2),
     )
@@ -155,23 +174,28 @@ def _ask(check: Check, s: Subject, left: float, findings: Sequence[Finding]) -> 
     try:
         return check.run(s)
     except Skip as reason:
-        return "skipped", str(reason), {}
+        return "skipped", str(reason), {"excused": reason.excused}
     except InputError as error:  # attacked images can make scores that are not finite
         return "fail", str(error), {}
 
 
 def _verdict(findings: Sequence[Finding], checks: Sequence[Check]) -> tuple[str, bool]:
-    """The findings in words, and whether no check failed."""
+    """The findings in words, and whether no check failed and all that a verdict needs ran."""
     named = {status: [finding.check for finding in findings if finding.status == status] for status in STATUSES}
     failed = [check for check in checks if check.id in named["fail"]]
+    ran = {finding.check for finding in findings if finding.status != "skipped" or finding.evidence.get("excused")}
+    missing = [check for check in NEEDED if check not in ran]
     parts = []
     for invalid, opening in ((True, "the evaluation is not valid"), (False, "robustness is overstated")):
         flaws = [f"{check.flaw} ({check.id})" for check in failed if check.invalid == invalid]
         if flaws:
             parts.append(f"{opening}, because {'; '.join(flaws)}")
-    ran, skipped = len(findings) - len(named["skipped"]), len(named["skipped"])
-    if not failed:
-        parts = [f"no sign of masking found by {ran} checks ({skipped} skipped)"]
+    skipped = len(named["skipped"])
+    if not failed and missing:
+        parts = [f"not enough was checked: {', '.join(missing)} skipped; raise the budget or lower the limit"]
+    elif not failed:
+        parts = [f"no sign of masking found by {len(findings) - skipped} checks ({skipped} skipped)"]
     if named["warn"]:
         parts.append(f"look at {', '.join(named['warn'])}")
-    return ". ".join(part[0].upper() + part[1:] if number else part for number, part in enumerate(parts)), not failed
+    text = ". ".join(part[0].upper() + part[1:] if number else part for number, part in enumerate(parts))
+    return text, not failed and not missing

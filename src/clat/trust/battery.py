@@ -6,7 +6,7 @@ indicators of attack failure (Pintor et al. 2022, arXiv 2106.09947), FA locuslab
 
 from clat.trust import checks
 from clat.trust.check import Check
-from clat.trust.checks import DIRECTIONS, DRAWS, FORWARD, QUERIES, STARTS, TARGETS
+from clat.trust.checks import DIRECTIONS, DRAWS, FORWARD, NEIGHBOURS, QUERIES, STARTS, TARGETS
 from clat.trust.subject import FORWARDS, STEPS
 
 NO_THRESHOLD = "no published threshold; ours"
@@ -25,11 +25,12 @@ CHECKS: tuple[Check, ...] = (
     Check(
         id="normalisation",
         title="the network takes pixels in [0, 1]",
-        threshold="fail if normalising inputs gains over 15 points and significantly (sign test, 5 %), warn over 5",
+        threshold="fail if normalising inputs, or undoing that, gains over 15 points and significantly (sign test, "
+        "5 %), warn over 5",
         source=NO_THRESHOLD,
-        flaw="the network seems to expect inputs that are normalised outside it",
+        flaw="inputs seem to be normalised outside the network, or twice",
         run=checks.normalisation,
-        passes=4 * FORWARD,
+        passes=9 * FORWARD,
         invalid=True,
     ),
     Check(
@@ -58,6 +59,16 @@ CHECKS: tuple[Check, ...] = (
         flaw="an image's scores depend on the other images of its batch",
         run=checks.alone,
         passes=FORWARD,
+    ),
+    Check(
+        id="state",
+        title="an image's scores do not depend on the images that came before",
+        threshold="fail if significantly more than 0.2 points of scores, normalised, differ by over 0.01 (l2) from "
+        "those of a copy that saw no neighbours, or if over half repeat a neighbour's",
+        source=NO_THRESHOLD,
+        flaw="the network's answers depend on what it saw before, or repeat that",
+        run=checks.state,
+        passes=(NEIGHBOURS + 3) * FORWARD,
     ),
     Check(
         id="logits",
@@ -237,4 +248,26 @@ CHECKS: tuple[Check, ...] = (
         passes=2 * FORWARD,
         needs=("attack",),
     ),
+)
+
+# What a verdict needs. Left out are transfer, which needs another network; precision, which needs a device with bf16;
+# optimised, which needs images that the attack leaves standing; and those that refine what others find.
+NEEDED: tuple[str, ...] = (
+    "clean-accuracy",
+    "normalisation",
+    "mode",
+    "deterministic",
+    "batch",
+    "state",
+    "logits",
+    "static",
+    "gradients",
+    "attack",
+    "loss-gap",
+    "iterative",
+    "noise",
+    "square",
+    "adaptive",
+    "large-eps",
+    "steps",
 )

@@ -16,7 +16,15 @@ FEWEST = 3  # images that a check fails on: one or two may be chance in any samp
 
 
 class Skip(Exception):
-    """Raised by a check that can say nothing about this network; the message says why."""
+    """Raised by a check that can say nothing about this network; the message says why.
+
+    Args:
+        excused: the check cannot run on such images, so that a verdict does without it
+    """
+
+    def __init__(self, reason: str, *, excused: bool = False):
+        super().__init__(reason)
+        self.excused = excused
 
 
 @dataclass(frozen=True, kw_only=True)

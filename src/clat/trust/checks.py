@@ -1,28 +1,35 @@
 """What each check of ``clat trust`` does; ``battery`` says when it fails and why."""
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clat.attacks import Attack, apgd_ce, apgd_targeted, pgd_attack, restarts, square, square_takes, through_layers
 from clat.criticality import criticality, top
-from clat.evaluate import Accuracy, autocast, native_precision
+from clat.evaluate import Accuracy, autocast, class_scores, native_precision
 from clat.health import CHANCE
 from clat.integrity import same_bits
 from clat.layers import first_tensor, logits
-from clat.threat import Images, Labels, Threat, ascend, held
+from clat.threat import Images, Labels, NoGradientError, Threat, ascend, held
 from clat.trust.check import Outcome, Skip, Status, grade, improbable
-from clat.trust.subject import BATCH, FORWARDS, STEPS, Subject, cross_entropy
+from clat.trust.subject import FORWARDS, STEPS, Subject, cross_entropy
 
 DRAWS = 100  # of noise
 TARGETS = 3
 QUERIES = 500
 STARTS = 5
 DIRECTIONS = 20
+NEIGHBOURS = 4  # of each image, that a network sees before it is asked
+COLOUR_STATISTICS = {
+    "mean and std of ImageNet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "mean and std of CIFAR-10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+}
 SQUARE_TOLERANCE = 0.002  # AA's
 CONVERGED = 0.005
 FORWARD = 1 / 3  # of a forward-and-backward pass
@@ -39,31 +46,35 @@ def clean_accuracy(s: Subject) -> Outcome:
 
 
 def normalisation(s: Subject) -> Outcome:
-    """Compares the accuracy with that after each usual normalisation outside the network, image by image."""
+    """Compares the accuracy with that after each usual normalisation, done or undone outside the network."""
     channels = s.x.shape[1]
     known = {"mean and std of the data": s.statistics, "range [-1, 1]": ([0.5] * channels, [0.5] * channels)}
     if channels == 3:
-        known["mean and std of ImageNet"] = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    known["range [0, 255]"] = ([0.0] * channels, [1 / 255] * channels)
-    gains = {}
+        known |= COLOUR_STATISTICS
+    inputs: dict[str, Tensor] = {}
     for name, statistics in known.items():
         mean, std = (s.x.new_tensor(values).view(-1, 1, 1) for values in statistics)
-        right = s.score((s.x - mean) / std).argmax(1) == s.y
+        inputs[f"normalised to {name}; if so, do that in the network"] = (s.x - mean) / std
+        inputs[f"whose normalisation to {name} is undone: the network seems to normalise twice"] = s.x * std + mean
+    inputs["normalised to range [0, 255]; if so, do that in the network"] = 255 * s.x
+    gains = {}
+    for name, x in inputs.items():
+        right = s.score(x).argmax(1) == s.y
         gains[name] = int((right & ~s.right).sum()), int((s.right & ~right).sum())
     best = max(gains, key=lambda name: gains[name][0] - gains[name][1])
     gained, lost = gains[best]
     gain, evidence = gained - lost, {"gained_and_lost": gains}
     if gain > 0.05 * s.n and improbable(gained, gained + lost, 0.5):
-        text = f"{gain} of {s.n} images more are right with inputs normalised to {best}; if so, do that in the network"
+        text = f"{gain} of {s.n} images more are right with inputs {best}"
         return "fail" if gain > 0.15 * s.n else "warn", text, evidence
-    return "pass", f"no usual normalisation gains more than {max(gain, 0)} of {s.n} images", evidence
+    return "pass", f"no usual normalisation, done or undone, gains over {max(gain, 0)} of {s.n} images", evidence
 
 
 def mode(s: Subject) -> Outcome:
     with held(s.model), torch.no_grad():
         training = {_titled(name, module): module for name, module in s.model.named_modules() if module.training}
         before = {name: buffer.clone() for name, buffer in s.model.named_buffers()}
-        s.model(s.x[:BATCH])
+        s.model(s.x[: s.batch_size])
         moved = [name for name, buffer in s.model.named_buffers() if not same_bits(buffer, before[name])]
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     active = [name for name, module in training.items() if isinstance(module, kinds)]
@@ -131,8 +142,48 @@ def alone(s: Subject) -> Outcome:
         raise Skip("the network draws random numbers")
     apart = nn.functional.normalize(s.score(s.x[:few])) - nn.functional.normalize(s.scores[:few])
     distance = float(apart.norm(dim=1).max())
-    text = f"scores of {few} images by themselves and in a batch of {min(BATCH, s.n)} differ by {distance:.0e}"
+    text = f"scores of {few} images by themselves and in a batch of {min(s.batch_size, s.n)} differ by {distance:.0e}"
     return "fail" if distance > 0.01 else "pass", text, {"distance": distance}
+
+
+def state(s: Subject) -> Outcome:
+    """Compares an image's scores in a network that saw its neighbours before with those in a copy that did not.
+
+    The images are mirrored, so that the network has not seen them. Their neighbours are drawn in the ball, a quarter of
+    them at each of four distances. The copies share what copying does not reach, such as a list that a function holds:
+    a network that answers from there gives an image and its neighbour the very same scores.
+    """
+    if s.draws:
+        raise Skip("the network draws random numbers")
+    x = s.x[: s.batch_size].flip(-1)
+    scale = 0.5 ** (torch.arange(len(x), device=x.device) % 4).to(x.dtype)
+
+    def neighbour() -> Images:
+        return x + (s.threat.first(x) - x) * scale.view(-1, 1, 1, 1)
+
+    asked = neighbour()
+    alone = class_scores(_copied(s.model), asked)
+    used = _copied(s.model)
+    seen = [class_scores(used, images) for images in (x, *(neighbour() for _ in range(NEIGHBOURS)))]
+    after = class_scores(used, asked.flip(0)).flip(0)
+    changed = int(((F.normalize(after) - F.normalize(alone)).norm(dim=1) > 0.01).sum())
+    repeated = int((seen[0] == alone).all(1).sum())
+    evidence = {"changed": changed, "repeated": repeated, "images": len(x)}
+    text = (
+        f"of {len(x)} images, {changed} get other scores after their neighbours than without them, and {repeated} the "
+        "very same scores as a neighbour"
+    )
+    if 2 * repeated > len(x):
+        return "fail", text, evidence
+    return grade(changed, len(x), SQUARE_TOLERANCE), text, evidence
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the network, or the network itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # whatever an object raises that cannot be copied
+        return model
 
 
 def logits_range(s: Subject) -> Outcome:
@@ -264,20 +315,23 @@ def transfer(s: Subject) -> Attack:
         raise Skip("no surrogate network was given")
 
     def perturb(_: nn.Module, x: Images, y: Labels) -> Images:
-        return pgd_attack(base, x, y, s.threat)
+        try:
+            return pgd_attack(base, x, y, s.threat)
+        except NoGradientError as error:
+            raise Skip("the surrogate network has no gradient to the pixels") from error
 
     return Attack(name="transferred PGD", perturb=perturb, threat=s.threat, passes=STEPS + 1, seed=s.seed)
 
 
 def adaptive(s: Subject) -> Attack:
     """Through the layers that were named, or else the 5 % that are most critical under the attack."""
-    layers = s.layers or top(criticality(s.model, s.x[:BATCH], s.pgd().images[:BATCH]), 0.05)
+    layers = s.layers or top(criticality(s.model, s.x[: s.batch_size], s.pgd().images[: s.batch_size]), 0.05)
     return through_layers(layers, s.threat.radius, s.threat.norm, steps=STEPS, seed=s.seed)
 
 
 def few_queries(s: Subject) -> Attack:
     if not square_takes(s.x.shape[2], s.threat.norm):
-        raise Skip(f"pyautoattack's l2 Square does not take images of {s.x.shape[2]} pixels")
+        raise Skip(f"pyautoattack's l2 Square does not take images of {s.x.shape[2]} pixels", excused=True)
     return square(s.threat.radius, s.threat.norm, queries=QUERIES, seed=s.seed)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from clat.attacks import Attack, Norm, pgd
 from clat.attacks.features import cross_entropy, margin
-from clat.evaluate import predict, seeded
+from clat.evaluate import class_scores, predict, seeded
 from clat.layers import logits
-from clat.threat import Images, Labels, Threat, ascend, held, per_image
+from clat.threat import Images, Labels, NoGradientError, Threat, ascend, check_gradient, held, per_image
 
-BATCH = 100  # images
+BATCH = 100  # images that run together
 STEPS = 20  # of the attack that others are compared with
 FORWARDS = 5  # of the same images, after AutoAttack's check_randomized
 SAME = 1e-4  # the distance of scores that it tolerates
@@ -49,6 +49,7 @@ class Subject:
         statistics: mean and standard deviation of the data's pixels, per channel
         base: a surrogate network for transfer attacks
         layers: dotted names of those that the adaptive attack goes through
+        batch_size: images that run together
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Subject:
         base: nn.Module | None = None,
         layers: Sequence[str] = (),
         seed: int = 0,
+        batch_size: int = BATCH,
     ):
-        self.layers = layers
+        self.layers, self.batch_size = layers, batch_size
         self.model, self.x, self.y, self.statistics, self.base, self.seed = model, x, y, statistics, base, seed
         self.threat = pgd(eps, STEPS, norm)
         self.right = self.predict(x) == y
@@ -88,12 +90,11 @@ class Subject:
 
     def score(self, x: Images) -> Tensor:
         """Class scores in eval mode, (batch, classes)."""
-        with held(self.model), torch.no_grad():
-            return torch.cat([logits(self.model(part)) for part in x.split(BATCH)])
+        return torch.cat([class_scores(self.model, part) for part in x.split(self.batch_size)])
 
     def predict(self, x: Images) -> Tensor:
         """The predicted classes (batch,). Raises InputError if a score is not finite."""
-        return torch.cat([predict(self.model, part) for part in x.split(BATCH)])
+        return torch.cat([predict(self.model, part) for part in x.split(self.batch_size)])
 
     @cached_property
     def runs(self) -> list[Tensor]:
@@ -117,17 +118,19 @@ class Subject:
         """The gradient of each loss at the images, or in words why there is none."""
         try:
             return {name: self.gradient(loss)[0] for name, loss in LOSSES.items()}
-        except RuntimeError as error:  # raised by autograd and by what has no derivative
-            return " ".join(str(error).split())[:150]
+        except (RuntimeError, NoGradientError) as error:  # raised by autograd and by what has no derivative
+            return " ".join(str(error).split())[:200]
 
     def gradient(self, loss: Loss) -> tuple[Tensor, float]:
         """The gradient of a loss at the images, and the seconds that an image took."""
         parts: list[Tensor] = []
         start = time.perf_counter()
         with held(self.model), torch.enable_grad():
-            for images, labels in zip(self.x.split(BATCH), self.y.split(BATCH), strict=True):
+            for images, labels in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
                 images = images.clone().requires_grad_()
-                parts += torch.autograd.grad(loss(logits(self.model(images)), labels).sum(), images)
+                value = loss(logits(self.model(images)), labels).sum()
+                check_gradient(value)
+                parts += torch.autograd.grad(value, images)
         whole = torch.cat(parts)
         torch.isfinite(whole).all().item()  # waits for the device
         return whole, (time.perf_counter() - start) / self.n
@@ -146,7 +149,7 @@ class Subject:
         threat = pgd(self.threat.radius if radius is None else radius, steps, self.threat.norm)
         if threat not in self._pgd:
             with seeded(self.seed, self.x.device):
-                batches = zip(self.x.split(BATCH), self.y.split(BATCH), strict=True)
+                batches = zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)
                 parts = [_pgd(self.model, x, y, threat) for x, y in batches]
             images, fooled, curves = zip(*((part.images, part.fooled, part.curve) for part in parts), strict=True)
             self._pgd[threat] = Attacked(torch.cat(images), torch.cat(fooled), torch.cat(curves, 1))
@@ -157,7 +160,7 @@ class Subject:
     def attack(self, attack: Attack, where: Tensor, *, white_box: bool) -> Tensor:
         """Which of the images of a mask (n,) an attack in the ball breaks, bool (n,)."""
         broken = torch.zeros_like(where)
-        for part in where.nonzero()[:, 0].split(BATCH) if where.any() else ():
+        for part in where.nonzero()[:, 0].split(self.batch_size) if where.any() else ():
             x, y = self.x[part], self.y[part]
             with seeded(attack.seed, x.device), held(self.model), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="pyautoattack")  # of zero gradients, which have their check
