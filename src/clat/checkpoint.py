@@ -199,7 +199,7 @@ def _digest(tensors: dict[str, Tensor], facts: str) -> str:
     digest = hashlib.sha256(facts.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -228,7 +228,9 @@ def _built(header: Header, path: Path) -> nn.Module:
 
 
 def _check_shapes(outline: nn.Module, header: Header, path: Path) -> None:
-    expected = {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in outline.state_dict().items()}
+    expected = {
+        name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in outline.state_dict().items()
+    }
     name = next((name for name in [*expected, *header.shapes] if expected.get(name) != header.shapes.get(name)), None)
     if name is not None:
         wanted, found = (
@@ -257,7 +259,9 @@ def _joined(model: nn.Module, header: Header) -> tuple[nn.Module, nn.Module]:
 
 def _is_wrapped(names: Any) -> bool:
     """Whether these are the names of a network inside clat's normalisation."""
-    return {"mean", "std"} <= set(names) and all(name in ("mean", "std") or name.startswith("network.") for name in names)
+    return {"mean", "std"} <= set(names) and all(
+        name in ("mean", "std") or name.startswith("network.") for name in names
+    )
 
 
 def _inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

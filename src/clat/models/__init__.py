@@ -134,7 +134,9 @@ def build_model(
     mean, std, source = _statistics(normalise, mean, std, channels, _own_statistics(name, network, options))
     inside = [spec for spec in (options.get("accurate"), options.get("robust")) if isinstance(spec, Mapping)]
     if name == "mixed" and source and any(spec.get("pretrained") or spec.get("normalise") for spec in inside):
-        raise InputError("A network in this mixed classifier normalises by itself; build the whole without mean and std.")
+        raise InputError(
+            "A network in this mixed classifier normalises by itself; build the whole without mean and std."
+        )
     model = Normalized(network, mean, std)
     model.spec = {"name": name, "classes": classes, "channels": channels, **options}
     model.source = source

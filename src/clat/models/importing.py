@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clat.errors import InputError
 from clat.models import MODELS, Normalized, build_model
+from clat.models.spec import WEIGHTS
 from clat.text import plain
 
 Tensors = dict[str, Tensor]
@@ -227,6 +228,8 @@ def _strictly(
 ) -> Imported:
     """Weights by the network's own names, prefixes aside; classes and channels as the file's shapes say."""
     raw = _tensors(content, path)
+    if ":" not in name:  # the weights are here
+        options = {key: value for key, value in options.items() if key not in WEIGHTS}
 
     def made(classes: int, channels: int) -> nn.Module:
         """The network, on the meta device if it can be made there, with no normalisation."""
@@ -280,10 +283,12 @@ def _fitted(raw: Tensors, network: nn.Module) -> tuple[Tensors, dict[str, list[f
     """The tensors by the network's names, a normalisation before it, and the names that are missing and strange; of
     the ways to take prefixes off, the one that fits best."""
     wanted = network.state_dict().keys()
-    ways, tensors = [raw], dict(raw)
-    for key in [key for key in tensors if NORMALISATION.get(key.rpartition(".")[2]) and key not in wanted]:
-        del tensors[key]
-    ways.append(tensors)
+    before = [key for key in raw if key.rpartition(".")[2] in NORMALISATION and key not in wanted]
+    statistics = {NORMALISATION[key.rpartition(".")[2]]: raw[key].flatten().tolist() for key in before}
+    if len(statistics) < 2 or len(before) > 2:
+        before, statistics = [], {}
+    tensors = {key: tensor for key, tensor in raw.items() if key not in before}
+    ways = [tensors]
     while tensors and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None)):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
         ways.append(tensors)
@@ -294,15 +299,7 @@ def _fitted(raw: Tensors, network: nn.Module) -> tuple[Tensors, dict[str, list[f
         return missing, [key for key in way if key not in wanted]
 
     best = min(ways, key=lambda way: sum(map(len, misfits(way))))
-    statistics = {}
-    if best is not raw:
-        taken = {id(tensor) for tensor in best.values()}
-        statistics = {
-            NORMALISATION[key.rpartition(".")[2]]: tensor.flatten().tolist()
-            for key, tensor in raw.items()
-            if id(tensor) not in taken
-        }
-    return best, statistics if len(statistics) == 2 else {}, *misfits(best)
+    return best, statistics, *misfits(best)
 
 
 def _inferred(
@@ -320,9 +317,8 @@ def _inferred(
             if a != b:
                 count, rest = divmod(tensors[name].shape[axis] - a, b - a)
                 if rest or low + count < 1:
-                    raise InputError(
-                        f"{plain(name)} has shape {tuple(tensors[name].shape)} in {path}, which fits no number of {what}."
-                    )
+                    shape = tuple(tensors[name].shape)
+                    raise InputError(f"{plain(name)} has shape {shape} in {path}, which fits no number of {what}.")
                 return low + count
     return None
 
@@ -381,14 +377,16 @@ def _read(path: Path) -> Any:
 
 
 def _check_entries(path: Path) -> None:
-    """Refuses an archive whose parts are larger than itself: torch.save never compresses, and shares no bytes."""
+    """Refuses an archive whose content is larger than itself: torch.save never compresses, and shares no bytes."""
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if sum(entry.file_size for entry in entries) > path.stat().st_size or any(entry.compress_type for entry in entries):
-        raise InputError(f"{plain(path)} is compressed, which torch.save never does; its content is refused.")
+        raise InputError(
+            f"{plain(path)} is compressed, as no weights by torch.save are; save the network's state_dict() alone."
+        )
 
 
 def _unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
