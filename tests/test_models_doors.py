@@ -151,8 +151,8 @@ def test_how_a_network_normalises_can_be_chosen_and_is_said(colours):
 def test_a_pretrained_timm_network_gets_what_it_was_trained_with(colours, monkeypatch):
     import timm
 
-    def pretrained(name, *, pretrained=False, **options):
-        model = timm_create(name, **options)
+    def pretrained(name, **options):
+        model = timm_create(name, **{**options, "pretrained": False})
         model.pretrained_cfg = {"mean": (0.1, 0.2, 0.6), "std": (0.5, 0.5, 0.8)}
         return model
 
@@ -164,8 +164,8 @@ def test_a_pretrained_timm_network_gets_what_it_was_trained_with(colours, monkey
     assert "pre-trained" in normalisation_of(model)
     grey = build_model("timm/resnet10t", 3, channels=1, pretrained=True)
     assert grey.mean.flatten().tolist() == pytest.approx([0.3])
+    inside = {"name": "timm/resnet10t", "pretrained": True}
     with pytest.raises(InputError, match="normalises by itself"):
-        inside = {"name": "timm/resnet10t", "pretrained": True}
         build_model("mixed", 3, mean=[0.5] * 3, std=[0.5] * 3, accurate=inside, robust="rn18")
 
 
@@ -318,7 +318,7 @@ def test_any_network_by_its_own_names(name, channels, options, prefix, mynet, tm
     assert torch.equal(checkpoint_named(out, given)[0](x), original(x))
 
 
-def test_import_of_a_network_with_a_normalisation_before_it(colours, tmp_path):
+def test_import_of_a_network_with_a_normalisation_before_it(tmp_path):
     network = build_model("timm/resnet10t", 3).network.eval()
     state = {f"1.{key}": tensor for key, tensor in network.state_dict().items()}
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])

@@ -283,22 +283,22 @@ def _fitted(raw: Tensors, network: nn.Module) -> tuple[Tensors, dict[str, list[f
     """The tensors by the network's names, a normalisation before it, and the names that are missing and strange; of
     the ways to take prefixes off, the one that fits best."""
     wanted = network.state_dict().keys()
-    before = [key for key in raw if key.rpartition(".")[2] in NORMALISATION and key not in wanted]
-    statistics = {NORMALISATION[key.rpartition(".")[2]]: raw[key].flatten().tolist() for key in before}
-    if len(statistics) < 2 or len(before) > 2:
-        before, statistics = [], {}
-    tensors = {key: tensor for key, tensor in raw.items() if key not in before}
-    ways = [tensors]
-    while tensors and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None)):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-        ways.append(tensors)
+    before = [key for key in raw if key.rpartition(".")[2] in NORMALISATION]
+    found = {NORMALISATION[key.rpartition(".")[2]]: raw[key].flatten().tolist() for key in before}
+    ways: list[tuple[Tensors, dict[str, list[float]]]] = [(raw, {})]  # the network may have a mean and std of its own
+    if len(found) == len(before) == 2:
+        ways.append(({key: tensor for key, tensor in raw.items() if key not in before}, found))
+    for tensors, statistics in ways:  # which grows as prefixes go
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)), None)
+        if prefix and tensors:
+            ways.append(({key.removeprefix(prefix): value for key, value in tensors.items()}, statistics))
 
     def misfits(way: Tensors) -> tuple[list[str], list[str]]:
         # Files from before PyTorch 0.4.1 do not count batches.
         missing = [key for key in wanted if key not in way and not key.endswith("num_batches_tracked")]
         return missing, [key for key in way if key not in wanted]
 
-    best = min(ways, key=lambda way: sum(map(len, misfits(way))))
+    best, statistics = min(ways, key=lambda way: sum(map(len, misfits(way[0]))))
     return best, statistics, *misfits(best)
 
 
