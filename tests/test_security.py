@@ -325,6 +325,15 @@ def test_a_recipe_file_chooses_no_network(tmp_path, capsys):
     assert not (tmp_path / "mark").exists()
 
 
+def test_a_recipe_of_nested_aliases_is_refused_at_once(tmp_path, capsys):
+    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
+    (tmp_path / "laughs.yaml").write_text("\n".join([*lines, "epochs: 1"]))
+    start = time.process_time()
+    assert main(["train", "laughs.yaml", "--model", "rn18", *DATA, "--out", "out"]) == 2
+    assert "aliases" in capsys.readouterr().err
+    assert time.process_time() - start < 10
+
+
 def test_an_export_of_a_forged_file_builds_nothing(attacks, tmp_path):
     export_weights(forged(tmp_path / "net.safetensors", attacks["a shell"]), tmp_path / "plain.safetensors")
     assert not (tmp_path / "mark").exists()
