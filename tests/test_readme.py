@@ -55,7 +55,8 @@ def test_the_commands_run_in_order(capsys):
     assert Path("sweep.png").stat().st_size > 10_000
 
 
-def test_the_python_runs(capsys):
+def test_the_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)

@@ -18,7 +18,8 @@ from clat.data import Dataset, load_data, to_unit
 from clat.evaluate import native_precision
 from clat.integrity import same_bits, snapshot
 from clat.layers import layers
-from clat.models import build_model
+from clat.models import MODELS, build_model
+from clat.models.spec import OPTIONS
 from clat.threat import Threat, ascend
 from clat.trust.battery import CHECKS, NEEDED
 from clat.trust.check import Check, grade
@@ -322,18 +323,20 @@ def test_counts_are_graded_by_the_binomial_test(count, n, tolerance, status):
 # The command and the page
 
 
-def quantised_factory(classes: int) -> nn.Module:  # noqa: ARG001
+def quantised_factory(classes: int, channels: int) -> nn.Module:  # noqa: ARG001
     return nn.Sequential(Do(quantised), network())
 
 
-def sound_factory(classes: int) -> nn.Module:  # noqa: ARG001
+def sound_factory(classes: int, channels: int) -> nn.Module:  # noqa: ARG001
     return network()
 
 
 @pytest.mark.parametrize(("factory", "code"), [("sound_factory", 0), ("quantised_factory", 1)])
 def test_the_command(factory, code, undefended, test_images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("clat.commands.shared.load_data", lambda source, split: test_images)
-    model = build_model(f"{__name__}:{factory}", 10, channels=1)
+    monkeypatch.setitem(MODELS, factory, globals()[factory])  # a file may name a network of the library
+    monkeypatch.setitem(OPTIONS, factory, {})
+    model = build_model(factory, 10, channels=1)
     target = model.network if code == 0 else model.network[1]
     target.load_state_dict(undefended.state_dict())
     path, out = str(tmp_path / "net.safetensors"), tmp_path / "trust.json"

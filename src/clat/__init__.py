@@ -1,6 +1,7 @@
 """Criticality-Leveraged Adversarial Training (arXiv 2408.10204): find a network's critical layers, train only these."""
 
 from clat.awp import Awp
+from clat.checkpoint import export_weights, load_checkpoint, save_checkpoint
 from clat.criticality import LayerScore, attack_output, criticality, top
 from clat.data import Dataset, load_data
 from clat.errors import InputError
@@ -56,8 +57,11 @@ __all__ = [
     "build_model",
     "criticality",
     "evaluate",
+    "export_weights",
     "layers",
+    "load_checkpoint",
     "load_data",
+    "save_checkpoint",
     "status",
     "top",
     "train",

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import docstring_parser
@@ -10,7 +11,9 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from clat.errors import InputError
+from clat.files import parse_yaml, read_text
 from clat.recipe import Recipe, recipe_path
+from clat.text import plain
 
 Command = Callable[..., int | None]  # returns the exit code, 0 if None
 
@@ -19,8 +22,8 @@ USAGE = {
     "layers": "MODEL_OR_CHECKPOINT --data DATA [--batch 100] [--json FILE] [--key value ...]",
     "train": "RECIPE --model MODEL --data DATA --out RUN [--protocol NAME] [--scale small] [--resume] "
     "[--overwrite] [--key value ...]",
-    "finetune": "RECIPE --from CHECKPOINT_OR_RUN --data DATA --out RUN [--scale small] [--resume] [--overwrite] "
-    "[--key value ...]",
+    "finetune": "RECIPE --from CHECKPOINT_OR_RUN --data DATA --out RUN [--model MODEL] [--scale small] [--resume] "
+    "[--overwrite] [--key value ...]",
     "evaluate": "CHECKPOINT_OR_RUN --data DATA [--tier quick|standard|full] [--eps 8/255] [--limit N] [--repeats N] "
     "[--json FILE] [--key value ...]",
     "transfer": "NETWORK NETWORK [...] --data DATA [--attack pgd|activation] [--layer NAME] [--json FILE] "
@@ -79,11 +82,25 @@ def _subparser(name: str, function: Command) -> ArgumentParser:
             added.add(key)
     parser.add_function_arguments(function, as_group=False, skip=added)
     if "recipe" in parameters:
-        parser.add_argument("--config", action=ActionConfigFile, help="the recipe, the same as RECIPE")
+        parser.add_argument("--config", action=_RecipeFile, help="the recipe, the same as RECIPE")
         for kind, names in OVERLAYS.items():
             parser.add_argument(f"--{kind}", choices=names, help=f"lay recipes/{kind}/NAME.yaml over the recipe")
         parser.add_class_arguments(Recipe)
     return parser
+
+
+class _RecipeFile(ActionConfigFile):  # type: ignore[misc]
+    """A file that sets a recipe's keys and nothing else: no network, no data, and no place to write to."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        content = parse_yaml(read_text(Path(str(values)), "recipe"), values, "recipe")
+        others = {str(key).partition(".")[0] for key in content or ()} - set(Recipe.__dataclass_fields__)
+        if others:
+            raise InputError(
+                f"The recipe {plain(values)} sets {', '.join(map(plain, sorted(others)))}, which is no key of a "
+                "recipe; give it in the call."
+            )
+        super().__call__(parser, cfg, values, option_string)
 
 
 def _overlays(arguments: list[str]) -> list[str]:

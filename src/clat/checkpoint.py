@@ -1,52 +1,92 @@
-"""Checkpoints that say how to build their network: safetensors, never a pickle."""
+"""Checkpoints that say how to build their network: safetensors, never a pickle, and never code that a file chose."""
 
+import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from clat.errors import InputError
-from clat.files import write_atomically
-from clat.models import build_model
+from clat.errors import DamagedError, InputError
+from clat.files import DEEPEST, parse_json, write_atomically
+from clat.models import Normalized, build_model
+from clat.models.spec import check_sizes, from_file, recorded
+from clat.text import plain
 
 KEY = "clat"  # metadata entry that tells our checkpoints from others
+DIGEST = "sha256"  # metadata entry with the digest of all that the file holds
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says before a tensor is read: facts, and each tensor's shape and whether it is of floats."""
+
+    facts: dict[str, Any]
+    shapes: dict[str, tuple[tuple[int, ...], bool]]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
-    """Writes tensors and JSON facts about them atomically as safetensors."""
+    """Writes tensors and JSON facts about them, and a digest of both, atomically as safetensors."""
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(facts)
     # Not save_file, which goes through a file of its own beside the temporary one, and leaves it there if killed.
-    file = save(content, {KEY: json.dumps(facts)})
+    file = save(content, {KEY: text, DIGEST: _digest(content, text)})
     write_atomically(path, lambda temporary: temporary.write_bytes(file))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``save_tensors`` wrote.
+    """What ``save_tensors`` wrote, its digest checked; files from before there was one have none.
 
     Raises:
-        InputError: no such file, not safetensors, or not written by clat
+        InputError: no such file, not safetensors, not written by clat, or with facts of another form
+        DamagedError: content that does not match its digest
     """
-    if not path.is_file():
-        raise InputError(f"There is no checkpoint at {path}.")
+    with _opened(path) as (file, metadata):
+        facts = _facts(metadata, path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    if DIGEST in metadata and metadata[DIGEST] != _digest(tensors, metadata[KEY]):
+        raise DamagedError(
+            f"{plain(path)} is damaged: its content does not match the digest it was written with; use another copy "
+            "or epoch."
+        )
+    return tensors, facts
+
+
+def load_header(path: Path) -> Header:
+    """Facts and shapes in a file that ``save_tensors`` wrote; no tensor is read. Raises InputError as it does."""
+    with _opened(path) as (file, metadata):
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {
+            name: (tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF"))) for name, part in parts.items()
+        }
+        return Header(_facts(metadata, path), shapes)
+
+
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether there is a run folder or a file of clat's, damaged ones included; weights of others' are not."""
+    path = Path(path)
+    if path.is_dir():
+        return True
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} is not a readable safetensors file ({error}); bring in a public checkpoint with clat import."
-        ) from error
-    if KEY not in metadata:
-        raise InputError(f"{path} was not written by clat: it does not say which network its weights belong to.")
-    return tensors, json.loads(metadata[KEY])
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return path.suffix == ".safetensors"
 
 
 def save_checkpoint(path: Path | str, model: nn.Module, state: dict[str, Tensor] | None = None, **facts: Any) -> None:
-    """Writes a network's parameters and buffers (``state`` instead, if given), and how to build it, atomically."""
-    save_tensors(Path(path), state or model.state_dict(), model=getattr(model, "spec", None), **facts)
+    """Writes a network's parameters and buffers (``state`` instead, if given), and how to build it, atomically.
+
+    A module that ``build_model`` did not make can be written too; whoever loads it has to give it again.
+    """
+    spec = recorded(model.spec) if isinstance(model, Normalized) and model.spec else None
+    save_tensors(Path(path), state or model.state_dict(), model=spec, **facts)
 
 
 def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
@@ -56,37 +96,241 @@ def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()
-        raise InputError(f"The weights in {path} do not fit the network: {' '.join(first[1:3]).strip()}") from error
+        raise InputError(
+            f"The weights in {plain(path)} do not fit the network: {plain(' '.join(first[1:3]).strip())}"
+        ) from error
     return facts
 
 
-def load_checkpoint(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def load_checkpoint(path: Path | str, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network stored in a checkpoint file or run folder (its best checkpoint), and the facts stored with it.
 
+    A file may name the library's own networks and those of timm and torchvision. It never chooses code to run: where
+    it names a factory, or a module that ``build_model`` did not make, the caller gives the network.
+
+    Args:
+        model: a network to read the weights into, made as it was when they were stored; it is changed in place
+    Returns:
+        the network in eval mode (``model`` itself, or inside the normalisation that the weights were stored with), and
+        the facts
     Raises:
-        InputError: no checkpoint, not one of clat's, or of a network that ``build_model`` cannot make
+        InputError: no checkpoint, not one of clat's, of a network that a file may not choose, or with weights that
+            do not fit it
+        DamagedError: content that does not match its digest
     """
     path = checkpoint_path(path)
-    _, facts = load_tensors(path)
-    if not facts.get("model"):
-        raise InputError(
-            f"{path} holds a network that was not made by build_model; make it yourself and call load_weights."
-        )
-    spec = dict(facts["model"])
-    channels = spec.get("channels", 3)
-    spec.pop("pretrained", None)  # the weights are here
-    model = build_model(mean=[0.0] * channels, std=[1.0] * channels, **spec)  # its buffers come with the weights
-    load_weights(path, model)
-    return model.eval(), facts
+    header = load_header(path)
+    if model is not None:
+        network, target = _joined(model, header)
+    else:
+        network = target = _built(header, path)
+    facts = load_weights(path, target)
+    return network.eval(), facts
+
+
+def export_weights(source: Path | str | nn.Module, to: Path | str) -> None:
+    """Writes a network's weights by its own names, as a safetensors file that loads without clat.
+
+    ``safetensors.torch.load_file(to)`` gives what the ``load_state_dict`` of the network itself takes: no prefix, and
+    not the mean and std that clat subtracts and divides by before it; these are the metadata entries ``mean`` and
+    ``std``, as JSON lists. The pixels go in normalised by them.
+
+    Args:
+        source: a checkpoint, a run folder (its best checkpoint) or a network
+    Raises:
+        InputError: no checkpoint, or a place that cannot be written
+    """
+    if isinstance(source, nn.Module):
+        tensors, wrapped = source.state_dict(), isinstance(source, Normalized)
+    else:
+        tensors = load_tensors(checkpoint_path(source))[0]
+        wrapped = _is_wrapped(tensors)
+    metadata = {"format": "pt"}
+    if wrapped:
+        metadata |= {key: json.dumps(tensors[key].flatten().tolist()) for key in ("mean", "std")}
+        tensors = _inside(tensors)
+    content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    file = save(content, metadata)
+    write_atomically(Path(to), lambda temporary: temporary.write_bytes(file))
 
 
 def checkpoint_path(path: Path | str) -> Path:
     """The file that a checkpoint or run folder stands for: in a folder, the best checkpoint by validation."""
     path = Path(path)
-    if path.is_dir():
-        if not (path / "best.safetensors").is_file():
-            raise InputError(f"{path} has no best.safetensors; is it a run folder whose first epoch is done?")
+    if _holds(path.is_dir):
+        if not _holds((path / "best.safetensors").is_file):
+            raise InputError(f"{plain(path)} has no best.safetensors; is it a run folder whose first epoch is done?")
         return path / "best.safetensors"
-    if not path.exists():
-        raise InputError(f"There is no checkpoint or run folder at {path}.")
+    if not _holds(path.exists):
+        raise InputError(f"There is no checkpoint or run folder at {plain(path)}.")
     return path
+
+
+def _holds(question: Callable[[], bool]) -> bool:
+    """The answer of a path, which is no where it cannot even be asked: a name too long, a folder that is closed."""
+    try:
+        return question()
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A file of clat's and its metadata. The format's reader has checked all sizes against the file's length."""
+    if not _holds(path.is_file):
+        raise InputError(f"There is no checkpoint at {plain(path)}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if KEY not in metadata:
+                raise InputError(
+                    f"{plain(path)} was not written by clat: it does not say which network its weights belong to."
+                )
+            yield file, metadata
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(
+            f"{plain(path)} is not a readable safetensors file ({plain(error)}); bring in a public checkpoint with "
+            "clat import."
+        ) from error
+
+
+def _digest(tensors: dict[str, Tensor], facts: str) -> str:
+    """SHA-256 of the facts and of every tensor's name, type, shape and bytes in row-major order."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _built(header: Header, path: Path) -> nn.Module:
+    """The network that a header describes, made only after its shapes, which cost nothing, are found to be the
+    file's."""
+    if not header.facts.get("model"):
+        raise InputError(
+            f"{plain(path)} holds a network that build_model did not make; give it in this call: --model mynet.py:make "
+            "(in Python: load_checkpoint(path, model=yours))."
+        )
+    spec = from_file(header.facts["model"], path)
+    channels = spec.get("channels", 3)
+    arguments = {"mean": [0.0] * channels, "std": [1.0] * channels, **spec}  # theirs come with the weights
+    try:
+        with torch.device("meta"):
+            outline = build_model(**arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"The network in {plain(path)} could not be built: {plain(error)}.") from error
+    _check_shapes(outline, header, path)
+    model = build_model(**arguments)
+    model.source = ""
+    return model
+
+
+def _check_shapes(outline: nn.Module, header: Header, path: Path) -> None:
+    expected = {
+        name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in outline.state_dict().items()
+    }
+    name = next((name for name in [*expected, *header.shapes] if expected.get(name) != header.shapes.get(name)), None)
+    if name is not None:
+        wanted, found = (
+            "nothing" if entry is None else f"shape {entry[0]} of {'floats' if entry[1] else 'whole numbers'}"
+            for entry in (expected.get(name), header.shapes.get(name))
+        )
+        raise InputError(
+            f"The weights in {plain(path)} do not fit the network that it names: {plain(name)[:100]} has {found} in "
+            f"the file and {wanted} in the network."
+        )
+
+
+def _joined(model: nn.Module, header: Header) -> tuple[nn.Module, nn.Module]:
+    """The caller's network as it is to be returned, and the part of it that the file's tensors belong to."""
+    if set(model.state_dict()) == set(header.shapes):
+        return model, model
+    if _is_wrapped(header.shapes) and not isinstance(model, Normalized):
+        channels = max(1, *header.shapes["mean"][0])
+        device = next((tensor.device for tensor in model.state_dict().values()), None)
+        wrapped = Normalized(model, [0.0] * channels, [1.0] * channels).to(device)
+        return wrapped, wrapped
+    if isinstance(model, Normalized) and not _is_wrapped(header.shapes):
+        return model, model.network
+    return model, model
+
+
+def _is_wrapped(names: Any) -> bool:
+    """Whether these are the names of a network inside clat's normalisation."""
+    return {"mean", "std"} <= set(names) and all(
+        name in ("mean", "std") or name.startswith("network.") for name in names
+    )
+
+
+def _inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("network."): t for name, t in tensors.items() if name not in ("mean", "std")}
+
+
+def _facts(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """The facts in a file's metadata, if they have the form that clat writes."""
+    facts = parse_json(metadata[KEY], path, "checkpoint")
+    if not isinstance(facts, dict):
+        raise InputError(f"The facts in {plain(path)} are no keys and values; it was not written by clat.")
+    if _depth(facts) > DEEPEST:
+        raise InputError(f"The facts in {plain(path)} are nested too deep for a checkpoint.")
+    if facts.get("model") is not None:
+        check_sizes(facts["model"], path)
+    for key, (words, fits) in _FORMS.items():
+        if key in facts and not fits(facts[key]):
+            raise InputError(f"{plain(path)} has no usable {key!r} in its facts; it must be {words}.")
+    return facts
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, dict) and _count(value.get("images")) and isinstance(value.get("seed"), int)
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _data(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("source"), str)
+        and _words(value.get("classes"))
+        and isinstance(value.get("shape"), list)
+        and len(value["shape"]) == 3
+        and all(map(_count, value["shape"]))
+    )
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in value.values()
+    )
+
+
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epoch": ("a whole number", _count),
+    "averaged": ("a whole number", _count),
+    "holdout": ("whole numbers images and seed", _counts),
+    "data": ("source, classes and shape of the training images", _data),
+    "selected": ("a list of layers", lambda value: value is None or _words(value)),
+    "validation": ("numbers by name", _numbers),
+    "end": ("keys and values", lambda value: isinstance(value, dict)),
+    "imported": ("keys and values", lambda value: isinstance(value, dict)),
+}
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, without recursion."""
+    level, depth = [value], 0
+    while level := [
+        inner
+        for entry in level
+        for inner in (entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ())
+    ]:
+        depth += 1
+    return depth

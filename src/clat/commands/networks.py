@@ -1,7 +1,6 @@
 """The commands about a network as it is: layers, which ranks them, and import, which reads a public checkpoint."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
@@ -12,6 +11,7 @@ from clat.commands.shared import (
     console,
     data_named,
     device_named,
+    exists,
     is_beside_the_first,
     model_options,
     network_named,
@@ -23,8 +23,10 @@ from clat.data import EMBEDDED, to_unit
 from clat.errors import InputError
 from clat.evaluate import check_fits, predict
 from clat.layers import At
+from clat.models import normalisation_of
 from clat.models.importing import import_weights
 from clat.tables import attack_name, layer_table, ranking
+from clat.text import plain
 from clat.threat import Threat
 
 
@@ -78,6 +80,7 @@ def layers(
         size = sum(parameter.numel() for parameter in model.parameters())
         attack = attack_name(f"PGD-{steps}", threat)
         console.print(assumed(place, "fp32", dataset), highlight=False)
+        console.print(f"Normalisation: {normalisation_of(model)}", markup=False, highlight=False)
         console.print(layer_table(rows, size, f"Layers of {network}, most critical first ({len(x)} images, {attack})"))
 
 
@@ -95,29 +98,36 @@ def import_(
 
     Args:
         file: a file written by torch.save, or a safetensors file
-        model: the network in it, such as rn18, with options after commas, e.g. preactrn18,shortcut_input=raw
+        model: the network in it, such as rn18, timm/NAME, torchvision/NAME or your file.py:factory, with options after
+            commas, e.g. preactrn18,shortcut_input=raw or timm/resnet18,normalise=imagenet
         out: the checkpoint to write
-        classes: number of classes, to be sure; default what the file has
+        classes: number of classes, to be sure, or where the file's shapes do not tell; default what the file has
         mean: the pixels' mean per channel, e.g. 0.4914,0.4822,0.4465; default the file's own, or none
         std: the pixels' standard deviation per channel; default the file's own, or none
         overwrite: replace the file at out
     """
-    if Path(out).exists() and not overwrite:
+    if exists(out) and not overwrite:
         raise InputError(f"{out} is there already; choose another place or add --overwrite.")
     name, options = model_options(model)
     imported = import_weights(file, name, classes=classes, mean=numbers(mean), std=numbers(std), **options)
     save_checkpoint(out, imported.model, imported={"file": file, "scheme": imported.scheme.name})
     parameters = sum(p.numel() for p in imported.model.parameters())
     chosen = "".join(f", {key} {value}" for key, value in imported.options.items())
-    normalisation = {
-        "file": "Normalisation as in the file",
-        "given": "Normalisation as given",
-        "none": "No normalisation in the file: if it was trained with one, give --mean and --std",
-    }[imported.normalisation]
-    console.print(f"Names as in {imported.scheme.name}{''.join(f', under {key}' for key in imported.wrapper)}.")
-    console.print(f"{name}{chosen}: {imported.model.spec['classes']} classes, {parameters:,} parameters.")
-    console.print(f"{normalisation}. {imported.scheme.note}".strip())
-    console.print(f"Written to {out}.")
+    lines = [
+        f"Names as in {imported.scheme.name}{''.join(f', under {key}' for key in imported.wrapper)}.",
+        f"{name}{chosen}: {imported.model.spec['classes']} classes, {parameters:,} parameters.",
+        f"Normalisation {_WHENCE[imported.normalisation]}: {normalisation_of(imported.model)}. {imported.scheme.note}",
+        f"Written to {out}.",
+    ]
+    for line in lines:
+        console.print(plain(line.strip()), markup=False, highlight=False)
+
+
+_WHENCE = {
+    "file": "as in the file",
+    "given": "as given",
+    "none": "not in the file (if it was trained with one, give --mean and --std)",
+}
 
 
 def _paper_step(eps: float | str) -> float:

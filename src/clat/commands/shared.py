@@ -11,14 +11,17 @@ from rich.console import Console
 from torch import nn
 
 from clat.arguments import named
-from clat.checkpoint import load_checkpoint
+from clat.checkpoint import checkpoint_path, is_checkpoint, load_checkpoint, load_header
 from clat.data import Dataset, load_data
 from clat.errors import InputError
 from clat.evaluate import best_device, find_device
 from clat.files import write_text
-from clat.models import build_model
+from clat.models import MODELS, build_model, takes_statistics
+from clat.models.importing import import_weights
 from clat.text import plain
 from clat.threat import fraction
+
+ELSEWHERE = ("timm/", "torchvision/", "transformers/")  # networks of other libraries
 
 _first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launch or torchrun started
 # Names come from files and folders: nothing in them is markup.
@@ -50,13 +53,67 @@ def assumed(device: torch.device, precision: str, data: Dataset) -> str:
     return plain(f"Device {device}, precision {precision}, split {data.split}, {len(data.classes)} classes ({names})")
 
 
-def network_named(name: str, data: Dataset) -> nn.Module:
-    """The network in a checkpoint or run folder, or a new one by name that fits the data."""
-    if Path(name).exists():
-        return load_checkpoint(name)[0]
+def network_named(name: str, data: Dataset, model: str | None = None) -> nn.Module:
+    """The network in a checkpoint or run folder, or a new one by name that fits the data.
+
+    Args:
+        model: as in ``checkpoint_named``; then ``name`` is a file
+    """
+    if model is not None or exists(name):
+        return checkpoint_named(name, model, data)[0]
     kind, options = model_options(name)
+    if kind not in MODELS and ":" not in kind and not kind.startswith(ELSEWHERE):
+        raise InputError(
+            f"There is no model {plain(name)!r}, and no checkpoint or run folder there; choose one of "
+            f"{', '.join(MODELS)}, timm/NAME, torchvision/NAME or file.py:factory."
+        )
+    return _new(kind, options, len(data.classes), data.shape[0], data)
+
+
+def checkpoint_named(
+    name: str, model: str | None = None, data: Dataset | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a checkpoint or run folder, and the facts stored with it.
+
+    Args:
+        model: the network that the weights belong to, with its options after commas, where the file may not choose it
+            (a factory made it) or does not say (a checkpoint of others', which is read as ``clat import`` does)
+        data: says how many classes and channels there are where the file does not
+    Raises:
+        InputError: no checkpoint, or weights that do not fit the network
+    """
+    if model is None:
+        return load_checkpoint(name)
+    kind, options = model_options(model)
+    path = checkpoint_path(name)
+    if not is_checkpoint(path):
+        return import_weights(path, kind, classes=len(data.classes) if data else None, **options).model, {}
+    header = load_header(path)
+    made, seen = header.facts.get("model") or {}, header.facts.get("data") or {}
+    if made and "normalise" in options:
+        raise InputError(f"{plain(path)} holds the normalisation it was trained with; leave normalise out of --model.")
+    classes = made.get("classes") or len(seen.get("classes", ())) or (len(data.classes) if data else 0)
+    channels = made.get("channels") or (seen.get("shape") or (data.shape if data else [3]))[0]
+    if not classes:
+        raise InputError(f"{plain(path)} does not say how many classes its network has; load it in Python.")
+    if made:
+        options["normalise"] = "none"  # until the weights bring theirs
+    return load_checkpoint(path, _new(kind, options, classes, channels, data))
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of that name."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, or not to be looked into
+        return False
+
+
+def _new(kind: str, options: dict[str, Any], classes: int, channels: int, data: Dataset | None) -> nn.Module:
+    if data is None or not takes_statistics(kind, options):
+        return build_model(kind, classes, channels=channels, **options)
     mean, std = data.statistics()
-    return build_model(kind, len(data.classes), channels=data.shape[0], mean=mean, std=std, **options)
+    return build_model(kind, classes, channels=channels, mean=mean, std=std, **{**options, "normalise": "data"})
 
 
 def data_named(text: str, split: str) -> Dataset:

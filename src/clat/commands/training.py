@@ -8,9 +8,10 @@ from torch import nn
 
 from clat import demo as demonstration
 from clat.checkpoint import checkpoint_path, load_checkpoint
-from clat.commands.shared import console, data_named, network_named, write_json
+from clat.commands.shared import checkpoint_named, console, data_named, network_named, write_json
 from clat.data import Dataset
 from clat.integrity import IntegrityError, status_since
+from clat.models import normalisation_of
 from clat.recipe import Recipe
 from clat.runs import Run
 from clat.tables import status_table
@@ -40,7 +41,8 @@ def train(
     """Trains a network from random weights by a recipe.
 
     Args:
-        model: a network such as rn18, timm/NAME or package.module:factory; options after commas, e.g. rn18,width=16
+        model: a network such as rn18, timm/NAME, torchvision/NAME or your file.py:factory; options after commas, e.g.
+            rn18,width=16 or normalise=none
         data: training images: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
         out: the run folder
         resume: continue the run in that folder after its last finished epoch
@@ -58,6 +60,7 @@ def finetune(
     origin: str,
     data: str,
     out: str,
+    model: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -67,10 +70,11 @@ def finetune(
         origin: a checkpoint, or a run folder (its best checkpoint)
         data: training images, the same as before; options after commas, e.g. photos,size=64
         out: the run folder
+        model: the network of the weights where these may not or do not say it, such as your file.py:factory
         resume: continue the run in that folder after its last finished epoch
         overwrite: replace the run in that folder
     """
-    network, facts = load_checkpoint(origin)
+    network, facts = checkpoint_named(origin, model)
     dataset = data_named(data, "train")
     held = facts.get("holdout", {})
     if facts.get("data", {}).get("source") == data and held != {"images": recipe.holdout, "seed": recipe.holdout_seed}:
@@ -103,6 +107,7 @@ def status(run: str, json: str | None = None) -> None:
 def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, resume: bool, overwrite: bool, origin: str) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{recipe.objective} x {recipe.tuner} on {data.source}, {size:,} parameters, from {origin}")
+    console.print(f"Normalisation: {normalisation_of(model)}", markup=False, highlight=False)
     run = train_model(recipe, model, data, out=out, resume=resume, overwrite=overwrite, origin=origin, console=console)
     best = run.result["best"]
     console.print(

@@ -1,7 +1,11 @@
-"""Reading public PyTorch checkpoints into our networks: naming schemes as literal tables, never an executed pickle."""
+"""Reading public PyTorch checkpoints: naming schemes as literal tables, any other network by its own names.
+
+Nothing in a file is executed, and no file takes more memory than its own length.
+"""
 
 import pickle
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clat.errors import InputError
-from clat.models import Normalized, build_model
+from clat.models import MODELS, Normalized, build_model
+from clat.models.spec import WEIGHTS
+from clat.text import plain
 
 Tensors = dict[str, Tensor]
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]  # a pattern, and what replaces it in a name
+
+DEEPEST = 8  # dicts inside dicts around the weights
 
 WRAPPERS = ("state_dict", "model_state_dict", "net", "model", "best", "last")  # the first one present is opened
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "1.")  # dropped where every weight has them
@@ -153,11 +161,12 @@ def import_weights(
     std: Sequence[float] | None = None,
     **options: Any,
 ) -> Imported:
-    """Reads a public checkpoint into one of our networks.
+    """Reads a public checkpoint into a network.
 
     Args:
         path: a file written by torch.save (only tensors and plain values in it) or a safetensors file
-        name: the network, one of those in ``SCHEMES``
+        name: the network: one of those in ``SCHEMES``, which are read by what others call their parts, or any other of
+            ``build_model``'s, whose own names the file must have
         classes: number of classes; default: that of the file's last layer, which it must match
         mean, std: per-channel statistics of pixels in [0, 1]; default: the file's own, or none if it has none
         options: of the network, e.g. ``shortcut_input="raw"``; they outweigh what the scheme implies
@@ -166,18 +175,22 @@ def import_weights(
             not known, tensors that are missing or of another shape
     """
     schemes = [scheme for scheme in SCHEMES if name in scheme.models]
-    if not schemes:
-        known = dict.fromkeys(model for scheme in SCHEMES for model in scheme.models)
-        raise InputError(f"No naming scheme of {name!r} is known; checkpoints of {', '.join(known)} can be imported.")
     if (mean is None) != (std is None):
         raise InputError("Give both mean and std, or neither.")
     content, wrapper = _unwrapped(_read(Path(path)))
+    if not schemes:
+        return _strictly(content, wrapper, path, name, classes, mean, std, options)
     tensors, statistics = _split(content, path)
     source: Literal["file", "given", "none"] = "file" if statistics else "none"
     if mean is not None and std is not None:
         statistics, source = {"mean": list(mean), "std": list(std)}, "given"
 
     scheme, network, names = _recognised(schemes, name, options, tensors, path)
+    normalise = options.pop("normalise", None)
+    if normalise is not None:
+        source = "given"
+        if statistics:
+            raise InputError(f"The normalisation is in {path} or given by mean and std; leave normalise out.")
     options = {**scheme.options, **options}
     found = {ours: tensors[theirs] for theirs, ours in names.items()}
     head = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
@@ -190,29 +203,162 @@ def import_weights(
             raise InputError(f"{key} is {values}; give one number a channel ({channels}), std above 0.")
 
     model = build_model(
+        name,
+        scores,
+        channels=channels,
+        mean=statistics.get("mean"),
+        std=statistics.get("std"),
+        normalise=normalise,
+        **options,
+    )
+    _check(tensors, names, model.network, name, path)
+    model.network.load_state_dict(scheme.rearranged(found) if scheme.rearranged else found, strict=False)
+    return Imported(model.eval(), scheme, wrapper, options, source)
+
+
+def _strictly(
+    content: Any,
+    wrapper: tuple[str, ...],
+    path: Path | str,
+    name: str,
+    classes: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    options: dict[str, Any],
+) -> Imported:
+    """Weights by the network's own names, prefixes aside; classes and channels as the file's shapes say."""
+    raw = _tensors(content, path)
+    if ":" not in name:  # the weights are here
+        options = {key: value for key, value in options.items() if key not in WEIGHTS}
+
+    def made(classes: int, channels: int) -> nn.Module:
+        """The network, on the meta device if it can be made there, with no normalisation."""
+        plainly = {**options, "normalise": "none"}
+        try:
+            with torch.device("meta"):
+                return build_model(name, classes, channels=channels, **plainly).network
+        except InputError:
+            if ":" not in name:
+                raise
+            return build_model(name, classes, channels=channels, **plainly).network
+
+    few = classes or 2
+    outline = made(few, 3)
+    tensors, statistics, missing, strange = _fitted(raw, outline)
+    if missing or strange:
+        raise InputError(
+            f"{path} has "
+            + " and ".join(
+                f"{what} {_some(map(plain, names))}"
+                for what, names in (("nothing for", missing), ("no place in the network for", strange))
+                if names
+            )
+            + f"; is it of another network than {name}, or incomplete?"
+        )
+    channels = 3
+    if not name.startswith("torchvision/"):
+        channels = _inferred(tensors, outline, made(few, 4), 3, path, "channels") or 3
+    scores = _inferred(tensors, outline, made(few + 1, 3), few, path, "classes")
+    if classes is not None and scores not in (None, classes):
+        raise InputError(f"{path} has {scores} classes, not {classes}; leave classes out to take them from the file.")
+    if scores is None and classes is None and _takes_classes(name):
+        raise InputError(f"The shapes in {path} do not tell how many classes there are; give --classes.")
+    scores = scores or classes or _last_size(tensors)
+    source: Literal["file", "given", "none"] = "file" if statistics else "none"
+    if mean is not None and std is not None:
+        statistics, source = {"mean": list(mean), "std": list(std)}, "given"
+    elif options.get("normalise") is not None:
+        source = "given"
+    _check(tensors, {key: key for key in tensors}, made(scores, channels), name, path)  # before memory is taken
+    model = build_model(
         name, scores, channels=channels, mean=statistics.get("mean"), std=statistics.get("std"), **options
     )
-    expected = model.network.state_dict()
+    _check(tensors, {key: key for key in tensors}, model.network, name, path)
+    model.network.load_state_dict(tensors, strict=False)  # what may be missing, _fitted knows
+    shown = {key: value for key, value in options.items() if key != "normalise"}
+    return Imported(model.eval(), Scheme("the network itself", (name,)), wrapper, shown, source)
+
+
+def _fitted(raw: Tensors, network: nn.Module) -> tuple[Tensors, dict[str, list[float]], list[str], list[str]]:
+    """The tensors by the network's names, a normalisation before it, and the names that are missing and strange; of
+    the ways to take prefixes off, the one that fits best."""
+    wanted = network.state_dict().keys()
+    before = [key for key in raw if key.rpartition(".")[2] in NORMALISATION]
+    found = {NORMALISATION[key.rpartition(".")[2]]: raw[key].flatten().tolist() for key in before}
+    ways: list[tuple[Tensors, dict[str, list[float]]]] = [(raw, {})]  # the network may have a mean and std of its own
+    if len(found) == len(before) == 2:
+        ways.append(({key: tensor for key, tensor in raw.items() if key not in before}, found))
+    for tensors, statistics in ways:  # which grows as prefixes go
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)), None)
+        if prefix and tensors:
+            ways.append(({key.removeprefix(prefix): value for key, value in tensors.items()}, statistics))
+
+    def misfits(way: Tensors) -> tuple[list[str], list[str]]:
+        # Files from before PyTorch 0.4.1 do not count batches.
+        missing = [key for key in wanted if key not in way and not key.endswith("num_batches_tracked")]
+        return missing, [key for key in way if key not in wanted]
+
+    best, statistics = min(ways, key=lambda way: sum(map(len, misfits(way[0]))))
+    return best, statistics, *misfits(best)
+
+
+def _inferred(
+    tensors: Tensors, first: nn.Module, second: nn.Module, low: int, path: Path | str, what: str
+) -> int | None:
+    """How many classes or channels the file's network has, from the same network made for ``low`` and one more; None
+    where these do not differ."""
+    one, two = first.state_dict(), second.state_dict()
+    for name, tensor in one.items():
+        if isinstance(tensor, nn.UninitializedParameter) or name not in tensors or name not in two:
+            continue
+        if isinstance(two[name], nn.UninitializedParameter) or tensor.dim() != tensors[name].dim():
+            continue
+        for axis, (a, b) in enumerate(zip(tensor.shape, two[name].shape, strict=True)):
+            if a != b:
+                count, rest = divmod(tensors[name].shape[axis] - a, b - a)
+                if rest or low + count < 1:
+                    shape = tuple(tensors[name].shape)
+                    raise InputError(f"{plain(name)} has shape {shape} in {path}, which fits no number of {what}.")
+                return low + count
+    return None
+
+
+def _takes_classes(name: str) -> bool:
+    return name in MODELS or name.startswith(("timm/", "torchvision/"))
+
+
+def _last_size(tensors: Tensors) -> int:
+    """The first axis of the last matrix, which is the classes' where a network ends in a linear layer."""
+    return next((len(tensor) for tensor in reversed(list(tensors.values())) if tensor.dim() == 2 and len(tensor)), 1)
+
+
+def _check(tensors: Tensors, names: Mapping[str, str], network: nn.Module, name: str, path: Path | str) -> None:
+    """Raises InputError unless the file's tensors have the network's shapes and are finite."""
+    expected = network.state_dict()
     for theirs, ours in names.items():
-        if tensors[theirs].shape != expected[ours].shape:
+        tensor, wanted = tensors[theirs], expected[ours]
+        if isinstance(wanted, nn.UninitializedParameter):
+            continue
+        if tensor.shape != wanted.shape:
             raise InputError(
-                f"{theirs} has shape {tuple(tensors[theirs].shape)} in {path}, but {tuple(expected[ours].shape)} in "
+                f"{plain(theirs)} has shape {tuple(tensor.shape)} in {path}, but {tuple(wanted.shape)} in "
                 f"{name}; choose the network, or the options, that the file was made with."
             )
-    try:
-        model.network.load_state_dict(scheme.rearranged(found) if scheme.rearranged else found, strict=False)
-    except RuntimeError as error:
-        raise InputError(f"{path} holds sparse or quantised tensors; save dense ones of floating point.") from error
-    return Imported(model.eval(), scheme, wrapper, options, source)
+        if tensor.is_floating_point() != wanted.is_floating_point() and wanted.is_floating_point():
+            raise InputError(f"{plain(theirs)} in {path} holds whole numbers; save the weights as floating point.")
+    for theirs in names:
+        if tensors[theirs].is_floating_point() and not torch.isfinite(tensors[theirs]).all():
+            raise InputError(f"{plain(theirs)} in {path} holds numbers that are not finite; the network is broken.")
 
 
 def _read(path: Path) -> Any:
     """What the file holds; nothing in it is executed."""
-    if not path.is_file():
-        raise InputError(f"There is no file at {path}.")
     try:
+        if not path.is_file():
+            raise InputError(f"There is no file at {plain(path)}.")
         if path.suffix == ".safetensors":
             return load_file(path)
+        _check_entries(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -222,16 +368,31 @@ def _read(path: Path) -> Any:
             f"{path} holds a Python object ({refused[1]}), which could run code when read and is refused; where you "
             "trust the file, load it yourself and save its state_dict() alone."
         ) from error
+    except InputError:
+        raise
     except PermissionError as error:
         raise InputError(f"{path} may not be read; change its permissions.") from error
     except Exception as error:  # the unpickler fails in any way on bytes that are no checkpoint
         raise InputError(f"{path} is not a PyTorch checkpoint or is damaged; was it cut off?") from error
 
 
+def _check_entries(path: Path) -> None:
+    """Refuses an archive whose content is larger than itself: torch.save never compresses, and shares no bytes."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if sum(entry.file_size for entry in entries) > path.stat().st_size or any(entry.compress_type for entry in entries):
+        raise InputError(
+            f"{plain(path)} is compressed, as no weights by torch.save are; save the network's state_dict() alone."
+        )
+
+
 def _unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
     """The innermost dict of weights, and the keys that lead to it."""
     opened: tuple[str, ...] = ()
-    while isinstance(content, Mapping):
+    while isinstance(content, Mapping) and len(opened) < DEEPEST:  # a dict can hold itself
         key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if key is None:
             break
@@ -239,13 +400,35 @@ def _unwrapped(content: Any) -> tuple[Any, tuple[str, ...]]:
     return content, opened
 
 
-def _split(content: Any, path: Path | str) -> tuple[Tensors, dict[str, list[float]]]:
-    """The weights by name without prefixes, and the normalisation's mean and std if there are any."""
+def _tensors(content: Any, path: Path | str) -> Tensors:
+    """The tensors by name, all of them dense, of real numbers and with values of their own."""
     tensors = {}
     if isinstance(content, Mapping):
         tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"{path} holds no named tensors, so it is no checkpoint of a network's weights.")
+    for name, tensor in tensors.items():
+        kind = (
+            "has no values (it is on the meta device)"
+            if tensor.is_meta
+            else "is sparse"
+            if tensor.layout != torch.strided or tensor.is_nested
+            else "is quantised"
+            if tensor.is_quantized
+            else "is complex"
+            if tensor.is_complex()
+            else "repeats few values"
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+            else None
+        )
+        if kind:
+            raise InputError(f"{plain(name)} in {path} {kind}; save dense tensors of real numbers.")
+    return tensors
+
+
+def _split(content: Any, path: Path | str) -> tuple[Tensors, dict[str, list[float]]]:
+    """The weights by name without prefixes, and the normalisation's mean and std if there are any."""
+    tensors = _tensors(content, path)
     statistics = {}
     for key in list(tensors):
         kind = NORMALISATION.get(key.rpartition(".")[2])
