@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from clat.checks import check_fields
 from clat.errors import InputError
 from clat.layers import NORM_TYPES, trace
 from clat.threat import Images, Labels, Threat
 from clat.tuners.selection import Selection, moving_norms
+
+HIGHEST_RANK = 4096  # no layer has more channels than that by much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,9 @@ class ConvLora:
     learning_rate: ClassVar[Literal["continue", "restart"]] = "continue"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"convlora.rank is {self.rank}; it must be 1 or more.")
+        check_fields(self, "convlora.")
+        if not 1 <= self.rank <= HIGHEST_RANK:
+            raise InputError(f"convlora.rank is {self.rank}; it must be from 1 to {HIGHEST_RANK}.")
         if not self.alpha > 0:
             raise InputError(f"convlora.alpha is {self.alpha}; it must be above 0.")
 

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, Norm, attack_output, criticality, layer_count, ranked
+from clat.checks import check_fields
+from clat.criticality import LayerScore, Norm, attack_output, check_k, criticality, layer_count, ranked
 from clat.errors import InputError
 from clat.layers import At, trace
 from clat.threat import Images, Labels, Threat
@@ -18,7 +19,7 @@ class Critical:
     """Selects, trains and freezes by criticality.
 
     Args:
-        k: how many layers train (an integer), or which share of the layers (a number below 1)
+        k: how many layers train (a whole number), or which share of them (a decimal above 0 and up to 1.0, all)
         every: epochs from one selection to the next (Algorithm 1: 10); 0 selects once (Table 4's non-dynamic variant)
         ranking: criticality (Algorithm 1, line 9), or one of its controls: random (Table 5) or lowest
         batch: training images that the criticality is measured on
@@ -45,12 +46,12 @@ class Critical:
     learning_rate: Literal["continue", "restart"] = "continue"
 
     def __post_init__(self) -> None:
+        check_fields(self, "critical.")
         if self.every < 0:
             raise InputError(f"critical.every is {self.every}; give epochs between selections, or 0 to select once.")
         if self.batch < 1:
             raise InputError(f"critical.batch is {self.batch}; the criticality needs at least one image.")
-        if not self.k > 0:
-            raise InputError(f"critical.k is {self.k}; give a number of layers, or a share between 0 and 1.")
+        check_k(self.k, "critical.k")
 
     def due(self, epoch: int) -> bool:
         """Algorithm 1, line 3: epochs 1, 11, 21, ... for every 10."""

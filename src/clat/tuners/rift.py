@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clat.checks import check_fields
 from clat.criticality import LayerScore, attack_output
 from clat.errors import InputError
 from clat.layers import logits, trace
@@ -54,6 +55,7 @@ class Rift:
     learning_rate: ClassVar[Literal["continue", "restart"]] = "continue"
 
     def __post_init__(self) -> None:
+        check_fields(self, "rift.")
         for key in ("batch", "passes", "step_images"):
             if getattr(self, key) < 1:
                 raise InputError(f"rift.{key} is {getattr(self, key)}; it must be 1 or more.")
