@@ -55,12 +55,12 @@ class Threat:
     mode: Literal["eval", "batch", "train"] = "eval"
 
     def __post_init__(self) -> None:
-        check_fields(self, "threat.")
         for key in ("eps", "step"):
             value = fraction(getattr(self, key))
             if not value > 0:
                 raise InputError(f"threat.{key} is {value}; it must be a positive number such as 8/255.")
             object.__setattr__(self, key, value)
+        check_fields(self, "threat.")
         if self.norm == "linf" and self.radius > 1:
             raise InputError(f"threat.eps is {self.eps}, but pixels lie in [0, 1]; for 8 grey levels write 8/255.")
         check_least(self, 0, "steps", prefix="threat.")

@@ -10,9 +10,9 @@ from torch.nn.utils import parametrize
 
 from clat.checks import check_fields
 from clat.errors import InputError
-from clat.layers import NORM_TYPES, trace
+from clat.layers import NORM_TYPES, layer_modules, trace
 from clat.threat import Images, Labels, Threat
-from clat.tuners.selection import Selection, moving_norms
+from clat.tuners.selection import FROZEN, Selection, moving_norms, parameters_of, selectable, with_tied
 
 HIGHEST_RANK = 4096  # no layer has more channels than that by much
 
@@ -60,18 +60,22 @@ class ConvLora:
         """All layers that run on images x (batch, channel, height, width), but for the head.
 
         Raises:
-            InputError: no layer can be adapted, or one is parametrised already
+            InputError: no layer can be adapted, one is parametrised already, or two share a weight
         """
         calls = trace(model, x[:1])
         head = None if self.head or len(calls) == 1 else calls[-1].name
-        layers = tuple(dict.fromkeys(call.name for call in calls if call.name != head and _fits(call.module)))
-        if not layers:
+        fitting = list(dict.fromkeys(call.name for call in calls if call.name != head and _fits(call.module)))
+        if not fitting:
             raise InputError("The network has no square convolution or linear layer that convlora could adapt.")
+        layers = tuple(selectable(model, fitting))
         for name in layers:
+            tied = with_tied(model, [name], layer_modules(model))
+            if len(tied) > 1:
+                raise InputError(f"Layers {' and '.join(tied)} share one weight, which convlora cannot adapt.")
             if parametrize.is_parametrized(model.get_submodule(name)):
                 raise InputError(f"Layer {name} is parametrised already; remove that before adapting it by convlora.")
         norms = [name for name, module in model.named_modules() if isinstance(module, NORM_TYPES)]
-        affine = [f"{n}.{key}" for n in norms for key, _ in model.get_submodule(n).named_parameters(recurse=False)]
+        affine = parameters_of(model, norms)
         return Selection(
             epoch=epoch,
             layers=layers,
@@ -88,6 +92,7 @@ class ConvLora:
         for name in selection.layers:
             module = model.get_submodule(name)
             product = LowRank(module, self.rank, self.alpha / self.rank, generator)
+            vars(module).setdefault(FROZEN, set()).add("weight")  # as merge will find it
             parametrize.register_parametrization(module, "weight", product)
 
 

@@ -11,12 +11,15 @@ from clat.criticality import LayerScore, Norm, attack_output, check_k, criticali
 from clat.errors import InputError
 from clat.layers import At, trace
 from clat.threat import Images, Labels, Threat
-from clat.tuners.selection import Selection, moving_norms
+from clat.tuners.selection import Selection, moving_norms, parameters_of, selectable, with_tied
 
 
 @dataclass(frozen=True, kw_only=True)
 class Critical:
     """Selects, trains and freezes by criticality.
+
+    Layers that share a weight count as one and are selected together. A layer that was frozen before the first selection
+    (``requires_grad`` False) is never selected.
 
     Args:
         k: how many layers train (a whole number), or which share of them (a decimal above 0 and up to 1.0, all)
@@ -60,24 +63,28 @@ class Critical:
     def select(
         self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
     ) -> Selection:
-        """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,)."""
+        """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,).
+
+        Raises:
+            InputError: more layers than can be selected, or a batch that is none
+        """
         x_adv = attack_output(model, x, y, threat)
         scores = criticality(model, x, x_adv, norm=self.norm, at=self.at)
-        names = self._order(ranked(scores, head=self.head), seed + epoch)
-        chosen = names[: layer_count(self.k, len(names))]
+        names = self._order(model, ranked(scores, head=self.head), seed + epoch)
+        selected = names[: layer_count(self.k, len(names))]
+        chosen = with_tied(model, selected, (score.name for score in scores))
         own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}
         trained = [*chosen, *sorted(own)] if self.norm_affine else chosen
-        prefixes = tuple(name + "." for name in trained)
         return Selection(
             epoch=epoch,
             layers=tuple(chosen),
-            trainable=tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes)),
+            trainable=parameters_of(model, trained),
             training=moving_norms(model, self.norm_statistics, own),
             scores=tuple(scores),
         )
 
-    def _order(self, candidates: list[LayerScore], seed: int) -> list[str]:
-        names = list(dict.fromkeys(score.name for score in candidates))
+    def _order(self, model: nn.Module, candidates: list[LayerScore], seed: int) -> list[str]:
+        names = selectable(model, dict.fromkeys(score.name for score in candidates))
         if self.ranking == "random":
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
             return [names[i] for i in order]
