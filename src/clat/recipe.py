@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from clat.averaging import Average
 from clat.awp import Awp
-from clat.checks import check_fields, check_least, check_seed, nearest, shown
+from clat.checks import check_fields, check_least, check_seed, check_word
 from clat.errors import InputError
 from clat.extra import Extra
 from clat.objectives import OBJECTIVES, Clat, FastAt, FreeAt, GradAlign, Mart, Objective, Score, Trades
@@ -111,10 +111,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for kind, name, known in (("objective", self.objective, OBJECTIVES), ("tuner", self.tuner, TUNERS)):
-            if name not in known:
-                choices = ", ".join(known)
-                raise InputError(f"There is no {kind} {shown(name)}; choose one of {choices}.{nearest(name, known)}")
+        check_word("objective", self.objective, OBJECTIVES)
+        check_word("tuner", self.tuner, TUNERS)
         for name in (*OBJECTIVES, *TUNERS):
             keys = self._keys(name)
             if name not in (self.objective, self.tuner) and keys is not None and keys != type(keys)():
