@@ -199,6 +199,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}; its usage is {self.usage}.")
 
 
+@cache
 def _parser(name: str) -> _Parser:
     """Takes every argument as text; only what is given comes out."""
     described, settings = table()["commands"][name], _settings(name)

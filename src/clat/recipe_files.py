@@ -1,6 +1,7 @@
 """Recipe files: where they are, what they hold, and how one lies over another. Reads no torch."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,13 @@ def recipe_path(name: str) -> Path:
     Raises:
         InputError: there is none
     """
+    with suppress(OSError):  # too long a name, a loop of links, a folder that may not be entered
+        if Path(name).is_file():
+            return Path(name)
     folders = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")  # installed; in a checkout
     shipped = {
         str(path.relative_to(folder).with_suffix("")): path for folder in folders for path in folder.rglob("*.yaml")
     }
-    try:
-        if Path(name).is_file():
-            return Path(name)
-    except OSError:  # too long a name, a loop of links, a folder that may not be entered
-        pass
     if name in shipped:
         return shipped[name]
     known = ", ".join(sorted(shipped))
