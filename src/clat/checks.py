@@ -19,7 +19,7 @@ LONGEST = 60  # characters of a value in a message
 LARGEST = 2**63 - 1  # of a whole number
 LARGEST_SEED = 2**32 - 1  # a run multiplies its seed by about 10^9 and stays within 64 bits
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 reads 1e-3 as text
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 as text
 
 
 def shown(value: object) -> str:
@@ -168,7 +168,7 @@ def _built(name: str, value: Any, annotation: Any) -> Any:
 def _number(value: Any, annotation: Any) -> Any:
     """A number that YAML took for text, such as 1e-3, as a number where one is wanted."""
     kinds = _kinds(annotation)
-    if float in kinds and str not in kinds and isinstance(value, str) and _NUMBER.fullmatch(value):
+    if float in kinds and str not in kinds and isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
     return value
 
