@@ -12,7 +12,7 @@ from clat.checks import annotations, check_seed, fit, nearest, shown
 from clat.criticality import LayerScore
 from clat.errors import InputError
 from clat.integrity import LayerStatus, snapshot, status, verify
-from clat.layers import logits
+from clat.layers import observe
 from clat.objectives import Clat
 from clat.threat import Images, Labels, Threat, check_images, fraction, held, whole_labels
 from clat.tuners import Critical, Selection
@@ -192,7 +192,9 @@ class CLAT:
             x = x.float()
         if self._classes is None:
             with held(self.model), torch.no_grad():
-                self._classes = logits(self.model(x[:1])).shape[1]
+                scores = observe(self.model, x[:1], {}, lambda *_: None)
+            assert scores is not None  # it ran to the end
+            self._classes = scores.shape[1]
         return x, whole_labels(y, x, self._classes)
 
     def _check_wrapper(self, through: nn.Module) -> None:

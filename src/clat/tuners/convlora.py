@@ -92,7 +92,6 @@ class ConvLora:
         for name in selection.layers:
             module = model.get_submodule(name)
             product = LowRank(module, self.rank, self.alpha / self.rank, generator)
-            vars(module).setdefault(FROZEN, set()).add("weight")  # as merge will find it
             parametrize.register_parametrization(module, "weight", product)
 
 
@@ -149,3 +148,4 @@ def merge(model: nn.Module) -> None:
     """Adds the products to the weights and removes them: the network is an ordinary one, with its ordinary names."""
     for module in adapted_layers(model).values():
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        vars(module).setdefault(FROZEN, set()).add("weight")
