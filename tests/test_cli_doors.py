@@ -85,7 +85,9 @@ def test_a_recipe_file_never_chooses_code_data_or_a_folder(tmp_path, capsys, com
     assert not (tmp_path / "out").exists()
 
 
-BOMB = "a: &a [x, x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x, x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,9 @@ def test_what_is_no_recipe_is_refused(tmp_path, capsys, content, says):
     assert says in refused(capsys, "train", tmp_path / "recipe.yaml", *REST)
 
 
-@pytest.mark.parametrize("name", ["FOLDER", "x" * 5000, "a\0b", "LOOP", "[/x]", "/dev/null", "~", "recipes/clat.yaml/x"])
+@pytest.mark.parametrize(
+    "name", ["FOLDER", "x" * 5000, "a\0b", "LOOP", "[/x]", "/dev/null", "~", "recipes/clat.yaml/x"]
+)
 def test_what_is_no_file_is_refused(tmp_path, capsys, name):
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     path = {"FOLDER": tmp_path, "LOOP": tmp_path / "loop.yaml"}.get(name, name)

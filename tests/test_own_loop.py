@@ -71,6 +71,15 @@ def test_the_check_notices_a_frozen_tensor_that_moved(plain, images):
         tuner.check()
 
 
+def test_the_check_suggests_eval_where_a_pass_of_ones_own_moved_a_buffer(plain, images):
+    tuner = CLAT(plain, steps=1)
+    optimizer = torch.optim.SGD(tuner.select(*images), lr=0.1)
+    steps(tuner, optimizer, *images, 1)
+    plain.train()(images[0])
+    with pytest.raises(IntegrityError, match=r"norm\..* is frozen but changed .*call model.eval\(\)"):
+        tuner.check()
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

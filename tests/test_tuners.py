@@ -140,7 +140,7 @@ def test_what_clat_froze_is_selected_again_also_in_a_copy_and_after_convlora(pla
 @pytest.mark.parametrize("name", TUNERS)
 def test_nothing_left_to_train_is_refused(name, plain, images):
     plain.requires_grad_(False)
-    with pytest.raises(InputError, match="none is left to select|nothing would train"):
+    with pytest.raises(InputError, match=r"none is left to select|nothing would train"):
         SMALL.get(name, TUNERS[name]()).select(plain, *images, THREAT).apply(plain)
     with pytest.raises(InputError, match="nothing would train"):
         Selection(epoch=1, layers=("first",), trainable=()).apply(plain)

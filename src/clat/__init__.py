@@ -1,11 +1,13 @@
 """Criticality-Leveraged Adversarial Training (arXiv 2408.10204): find a network's critical layers, train only these."""
 
+# ruff: noqa: F403, F405 (the names come from clat/api.py)
+
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clat.api import *  # noqa: F403
+    from clat.api import *
 
 __all__ = [
     "CLAT",

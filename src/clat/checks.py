@@ -5,7 +5,7 @@ import math
 import re
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -74,9 +74,13 @@ def check_least(block: Any, least: float, *names: str, prefix: str = "") -> None
             raise InputError(f"{prefix}{name} is {value}; it must be {least} or more.")
 
 
-@cache
 def annotations(owner: Any) -> dict[str, Any]:
     """The annotations of a dataclass's fields, or of a function's parameters, by name."""
+    return _annotations(owner)
+
+
+@cache
+def _annotations(owner: Any) -> dict[str, Any]:
     hints = get_type_hints(owner)
     return {field.name: hints[field.name] for field in fields(owner)} if is_dataclass(owner) else hints
 
@@ -191,8 +195,6 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def _has_default(field: Any) -> bool:
-    from dataclasses import MISSING
-
     return field.default is not MISSING or field.default_factory is not MISSING
 
 

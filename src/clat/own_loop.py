@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clat.checks import annotations, check_seed, fit, nearest, shown
 from clat.criticality import LayerScore
 from clat.errors import InputError
-from clat.integrity import LayerStatus, snapshot, status, verify
+from clat.integrity import LayerStatus, State, snapshot, status, verify
 from clat.layers import observe
 from clat.objectives import Clat
 from clat.threat import Images, Labels, Threat, check_images, fraction, held, whole_labels
@@ -76,8 +76,8 @@ class CLAT:
     ):
         if isinstance(model, DistributedDataParallel):
             raise InputError(
-                "Give CLAT the bare network, select, then wrap it and pass the wrapper to loss as through=: one that was "
-                "made before the selection does not average the right gradients."
+                "Give CLAT the bare network, select, then wrap it and pass the wrapper to loss as through=; one from before "
+                "the selection averages the wrong gradients."
             )
         if not isinstance(model, nn.Module):
             raise InputError(f"CLAT needs a torch.nn.Module; got {type(model).__name__}.")
@@ -97,6 +97,7 @@ class CLAT:
         self.selection: Selection | None = None
         self.selections = 0
         self._classes: int | None = None  # of the network's outputs, once it has run
+        self._before: State = {}  # the network when it was checked last
         self._through: tuple[nn.Module | None, int] = (None, 0)  # the last wrapper, and the selection it was made under
 
     def select(self, x: Images, y: Labels) -> list[nn.Parameter]:
@@ -105,6 +106,7 @@ class CLAT:
         Raises:
             InputError: images outside [0, 1], labels that the network has no output for, or too few layers for k
         """
+        self._classes = None
         x, y = self._batch(x, y)
         number = self.selections + 1
         selection = self.tuner.select(self.model, x, y, self.threat, epoch=number, seed=self.seed)
@@ -134,7 +136,7 @@ class CLAT:
         self._before = snapshot(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a stopped loop needs to go on, as numbers, texts and lists: the last selection, their count, the seed."""
+        """What a stopped loop needs to go on, as numbers, texts and lists: last selection, their count, the seed."""
         selection = None if self.selection is None else self.selection.to_json()
         return {"selection": selection, "selections": self.selections, "seed": self.seed}
 
@@ -150,7 +152,9 @@ class CLAT:
             seed, number, entry = (state[key] for key in ("seed", "selections", "selection"))
             selection = None if entry is None else Selection.from_json(entry)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"This is no state of a CLAT loop ({shown(error)}); give what state_dict returned.") from error
+            raise InputError(
+                f"This is no state of a CLAT loop ({shown(error)}); give what state_dict returned."
+            ) from error
         seed, number = fit("seed", seed, int), fit("selections", number, int)
         known = {name for name, _ in self.model.named_parameters()}
         unknown = [] if selection is None else [name for name in selection.trainable if name not in known]
@@ -202,5 +206,7 @@ class CLAT:
             raise InputError("The wrapper given as through= does not hold the network that was given to CLAT.")
         last, number = self._through
         if last is through and number != self.selections:
-            raise InputError("The wrapper is from before the last selection; wrap the network anew after each selection.")
+            raise InputError(
+                "The wrapper is from before the last selection; wrap the network anew after each selection."
+            )
         self._through = through, self.selections

@@ -130,7 +130,9 @@ class Recipe:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise InputError("nesterov needs a momentum above 0.")
         if any(later <= earlier for earlier, later in zip((0, *self.milestones), self.milestones, strict=False)):
-            raise InputError(f"milestones are {list(self.milestones)}; give epochs from 1 on, each above the one before.")
+            raise InputError(
+                f"milestones are {list(self.milestones)}; give epochs from 1 on, each above the one before."
+            )
         if (self.schedule == "step") != bool(self.milestones):
             raise InputError(
                 f"schedule is {self.schedule} and milestones are {list(self.milestones)}; a step schedule needs "

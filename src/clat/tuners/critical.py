@@ -18,8 +18,8 @@ from clat.tuners.selection import Selection, moving_norms, parameters_of, select
 class Critical:
     """Selects, trains and freezes by criticality.
 
-    Layers that share a weight count as one and are selected together. A layer that was frozen before the first selection
-    (``requires_grad`` False) is never selected.
+    Layers that share a weight count as one and are selected together. A layer that was frozen before the first
+    selection (``requires_grad`` False) is never selected.
 
     Args:
         k: how many layers train (a whole number), or which share of them (a decimal above 0 and up to 1.0, all)
