@@ -136,7 +136,8 @@ def plain(value):
 
 
 TEXTS = ["nan", "inf", "-inf", "-1", "0", "1.5", "1e400", str(2**70), "", "[/x]", "{}", "[]", "null", "true",
-         "text", "[[", "{a: &b [*b]}", "!!timestamp x", "!!int ''", "!!python/object:os.system {}", "1e-3", "8/255"]  # fmt: skip
+         "text", "[[", "{a: &b [*b]}", "!!timestamp x", "!!int ''", "!!python/object:os.system {}", "1e-3",
+         "8/255"]  # fmt: skip
 
 
 @pytest.mark.parametrize("entry", _entries("train"), ids=lambda entry: entry["name"])

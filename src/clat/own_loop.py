@@ -76,8 +76,8 @@ class CLAT:
     ):
         if isinstance(model, DistributedDataParallel):
             raise InputError(
-                "Give CLAT the bare network, select, then wrap it and pass the wrapper to loss as through=; one from before "
-                "the selection averages the wrong gradients."
+                "Give CLAT the bare network, select, then wrap it and pass the wrapper to loss as through=; one from "
+                "before the selection averages the wrong gradients."
             )
         if not isinstance(model, nn.Module):
             raise InputError(f"CLAT needs a torch.nn.Module; got {type(model).__name__}.")
