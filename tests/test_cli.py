@@ -9,7 +9,8 @@ import yaml
 
 from clat.arguments import parse as parse_for
 from clat.checkpoint import load_tensors, save_checkpoint
-from clat.cli import COMMANDS, main
+from clat.cli import main
+from clat.commands import COMMANDS
 from clat.models import build_model
 from clat.recipe import Recipe
 

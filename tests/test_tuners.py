@@ -1,13 +1,17 @@
 """Algorithm 1: when layers are selected, which, and what trains then."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from clat.criticality import attack_output, criticality, top
 from clat.errors import InputError
 from clat.integrity import same_bits, snapshot
 from clat.threat import Threat
-from clat.tuners import TUNERS, Critical, Rift, Selection, Whole
+from clat.tuners import TUNERS, ConvLora, Critical, Rift, Selection, Whole
+from clat.tuners.convlora import merge
 
 THREAT = Threat(steps=2)
 SMALL = {"rift": Rift(passes=2)}
@@ -92,6 +96,67 @@ def test_modes_hold_whatever_the_caller_set_and_are_put_back(plain, images):
 def test_values_out_of_range_are_refused(keys):
     with pytest.raises(InputError, match="critical"):
         Critical(**keys)
+
+
+@pytest.mark.parametrize("name", ["critical", "rift", "convlora"])
+def test_what_was_frozen_before_stays_frozen_and_is_said(name, plain, images):
+    plain.first.requires_grad_(False)
+    plain.first_norm.requires_grad_(False)
+    tuner = SMALL.get(name, TUNERS[name]())
+    for _ in range(2):  # what the first selection froze may be selected by the second
+        with pytest.warns(UserWarning, match="1 layers are frozen already .* stay so: first"):
+            selection = tuner.select(plain, *images, THREAT)
+        assert "first" not in selection.layers
+        assert not any(key.startswith("first") for key in selection.trainable)
+        if name == "convlora":
+            break
+        selection.apply(plain)
+    plain.first.requires_grad_(True)
+    assert "first" in {*Critical(k=2).select(plain, *images, THREAT).layers}
+
+
+def test_whole_leaves_frozen_what_was_frozen(plain, images):
+    plain.first.requires_grad_(False)
+    selection = Whole().select(plain, *images, THREAT)
+    assert set(selection.trainable) == {key for key, _ in plain.named_parameters() if not key.startswith("first.")}
+    selection.apply(plain)
+    assert not plain.first.weight.requires_grad
+
+
+def test_what_clat_froze_is_selected_again_also_in_a_copy_and_after_convlora(plain, images):
+    def free(model):
+        return len(Critical(k=2).select(model, *images, THREAT).layers)
+
+    Critical(k=1).select(plain, *images, THREAT).apply(plain)
+    assert free(plain) == free(copy.deepcopy(plain)) == 2
+    tuner = ConvLora()
+    selection = tuner.select(plain, *images, THREAT)
+    tuner.begin(plain, selection)
+    selection.apply(plain)
+    merge(plain)
+    assert free(plain) == 2
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_nothing_left_to_train_is_refused(name, plain, images):
+    plain.requires_grad_(False)
+    with pytest.raises(InputError, match=r"none is left to select|nothing would train"):
+        SMALL.get(name, TUNERS[name]()).select(plain, *images, THREAT).apply(plain)
+    with pytest.raises(InputError, match="nothing would train"):
+        Selection(epoch=1, layers=("first",), trainable=()).apply(plain)
+
+
+def test_tied_weights_in_the_other_tuners(images):
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(64, 3))
+    model[1].weight = model[0].weight
+    model[3].requires_grad_(False)
+    with pytest.warns(UserWarning, match="frozen"):
+        selection = Rift(passes=1).select(model, *images, THREAT)
+    assert selection.layers == ("0", "1")
+    assert selection.trainable == ("0.weight",)
+    model[3].requires_grad_(True)
+    with pytest.raises(InputError, match="0 and 1 share one weight"):
+        ConvLora().select(model, *images, THREAT)
 
 
 def test_more_layers_than_there_are_is_refused(plain, images):

@@ -1,23 +1,13 @@
 """Criticality-Leveraged Adversarial Training (arXiv 2408.10204): find a network's critical layers, train only these."""
 
-from clat.awp import Awp
-from clat.checkpoint import export_weights, load_checkpoint, save_checkpoint
-from clat.criticality import LayerScore, attack_output, criticality, top
-from clat.data import Dataset, load_data
-from clat.errors import InputError
-from clat.evaluate import Accuracy, Result, evaluate
-from clat.health import HealthError
-from clat.integrity import IntegrityError, LayerStatus, status
-from clat.layers import layers
-from clat.models import build_model
-from clat.objectives import Clat, Clean, FastAt, FreeAt, GradAlign, Mart, Objective, PgdAt, Score, Trades
-from clat.own_loop import CLAT
-from clat.recipe import Recipe
-from clat.runs import Run
-from clat.threat import Threat, ascend
-from clat.train import train
-from clat.trust import Check, Finding, Verdict, trust
-from clat.tuners import ConvLora, Critical, Rift, Selection, Tuner, Whole
+# ruff: noqa: F403, F405 (the names come from clat/api.py)
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clat.api import *
 
 __all__ = [
     "CLAT",
@@ -67,3 +57,29 @@ __all__ = [
     "train",
     "trust",
 ]
+
+
+class _Package(ModuleType):
+    """Imports torch when a public name is first asked for, so that the command line reports a typo at once.
+
+    Some functions are called like the module that they stand in, such as ``train``: the import of that module does not
+    take the function's place.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        from clat import api
+
+        self.__dict__.update({public: getattr(api, public) for public in __all__})
+        return self.__dict__[name]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in __all__ or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*self.__dict__, *__all__]
+
+
+sys.modules[__name__].__class__ = _Package

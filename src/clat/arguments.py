@@ -1,19 +1,23 @@
-"""The command line's arguments: each command's parser comes from its function's signature and docstring."""
+"""The command line's arguments. What is misspelt or missing is found before torch is imported, in the table flags.json.
 
-import inspect
+``tools/make_flags.py`` makes the table from the commands' signatures and docstrings; a test says when it is stale.
+"""
+
+import argparse
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
 
+from clat.checks import annotations, block_of, build, check_word, fit, from_text, nearest, shown
 from clat.errors import InputError
-from clat.files import parse_yaml, read_text
-from clat.recipe import Recipe, recipe_path
-from clat.text import plain
+from clat.files import parse_yaml
+from clat.recipe_files import laid_over, read_recipe
 
 Command = Callable[..., int | None]  # returns the exit code, 0 if None
 
@@ -38,111 +42,198 @@ RECIPE_COMMANDS = ("train", "finetune")
 OVERLAYS = {"protocol": ("clat", "rift"), "scale": ("small",)}  # folders in recipes, and what is in them
 
 
+@dataclass(frozen=True)
+class Given:
+    """What was given on the command line: a command, the texts of its arguments, and recipes, lower ones first."""
+
+    command: str
+    texts: Mapping[str, Any]  # a text, a list of texts, or True for a switch
+    recipes: tuple[Mapping[str, Any], ...] = ()
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The ``commands`` by name, each with its ``summary`` and ``arguments``, and the ``settings`` of a recipe."""
+    return json.loads((Path(__file__).parent / "flags.json").read_text(encoding="utf-8"))
+
+
 def parse(arguments: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, dict[str, Any]]:
     """The command's name and the values for its function; a recipe with the flags over it comes as a ``Recipe``.
 
     Raises:
-        InputError, jsonargparse.ArgumentError: arguments that are unknown, missing or of the wrong type
+        InputError: arguments that are unknown, missing or of the wrong type
     """
-    parser = ArgumentParser(
-        prog="clat",
-        description="Criticality-Leveraged Adversarial Training: find a network's critical layers, train only these.",
-        exit_on_error=False,
-        version=f"clat {version('torch-clat')}",
+    given = read(arguments)
+    return given.command, values(given, commands[given.command])
+
+
+def read(arguments: Sequence[str]) -> Given:
+    """Checks the command's name, its flags' names, words and required arguments, and reads the recipe's file.
+
+    Prints help or the version and exits where these are asked for.
+
+    Raises:
+        InputError: an argument that is unknown or missing, or no such recipe
+    """
+    name, rest = _command(list(arguments))
+    rest = [_underscored(argument) for argument in rest]
+    recipes: tuple[Mapping[str, Any], ...] = ()
+    if name in RECIPE_COMMANDS:
+        named, rest = _recipes(name, rest)
+        keys = [entry["name"] for entry in table()["settings"] if "." not in entry["name"]]
+        recipes = tuple(read_recipe(recipe, keys) for recipe in named)
+    known = {entry["name"]: entry for entry in _entries(name)}
+    flags = [f"--{key}" for key, entry in known.items() if not entry.get("positional")]
+    for argument in rest:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag not in (*flags, "--help", "--"):
+            raise InputError(f"clat {name} has no flag {shown(flag)}.{nearest(flag, flags)}")
+    texts, extra = _parser(name).parse_known_args(rest)
+    if extra:
+        raise InputError(f"clat {name} takes no argument {shown(extra[0])}; its usage is clat {name} {USAGE[name]}.")
+    for key, text in vars(texts).items():
+        if "choices" in known[key]:
+            check_word(key, text, known[key]["choices"])
+    return Given(name, vars(texts), recipes)
+
+
+def values(given: Given, function: Command) -> dict[str, Any]:
+    """The values for a command's function, of the types that it is annotated with.
+
+    Raises:
+        InputError: a value that does not fit
+    """
+    from clat.recipe import Recipe
+
+    texts = dict(given.texts)
+    if "from" in texts:
+        texts["origin"] = texts.pop("from")
+    found: dict[str, Any] = {}
+    for key, annotation in annotations(function).items():
+        if key in texts:
+            found[key] = fit(key, _value(texts.pop(key), annotation), annotation)
+    if given.command in RECIPE_COMMANDS:
+        keys: dict[str, Any] = {}
+        for recipe in given.recipes:
+            keys = laid_over(keys, recipe)
+        for key in sorted(texts, key=lambda key: "." in key):  # a block, then keys in it
+            outer, _, inner = key.partition(".")
+            annotation = annotations(Recipe)[outer]
+            if inner:
+                value = _value(texts[key], annotations(block_of(annotation))[inner])
+                under = keys.get(outer)
+                keys[outer] = {**(under if isinstance(under, Mapping) else {}), inner: value}
+            else:
+                keys = laid_over(keys, {key: _value(texts[key], annotation)})
+        found["recipe"] = build(Recipe, keys)
+    return found
+
+
+def _value(text: Any, annotation: Any) -> Any:
+    return from_text(text, annotation, lambda text: parse_yaml(text, "A value")) if isinstance(text, str) else text
+
+
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command's name, and the rest."""
+    first = arguments[0] if arguments else ""
+    if first in ("--help", "-h"):
+        print(_overview(), end="")
+        sys.exit(0)
+    if first == "--version":
+        from importlib.metadata import version
+
+        print(f"clat {version('torch-clat')}")
+        sys.exit(0)
+    known = table()["commands"]
+    if not first:
+        raise InputError(f"Name a command: clat COMMAND ..., where COMMAND is one of {', '.join(known)}.")
+    if first not in known:
+        names = ", ".join(known)
+        raise InputError(f"There is no command {shown(first)}; choose one of {names}.{nearest(first, known)}")
+    return first, arguments[1:]
+
+
+def _underscored(argument: str) -> str:
+    """A flag with dashes inside its name as underscores; anything else as it is."""
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value if argument.startswith("--") else argument
+
+
+def _recipes(name: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The recipes named, lower ones first (RECIPE, --config FILE, --protocol NAME, --scale NAME), and the rest."""
+    if {"--help", "-h"} & set(arguments):
+        return [], arguments
+    recipes: list[str] = []
+    if arguments and not arguments[0].startswith("-"):
+        recipes, arguments = [arguments[0]], arguments[1:]
+    for kind in ("config", *OVERLAYS):
+        for place, argument in enumerate(arguments):
+            flag, _, named = argument.partition("=")
+            if flag == f"--{kind}":
+                rest = arguments[place + 1 :]
+                if not named and not rest:
+                    example = f"{kind} {OVERLAYS[kind][0]}" if kind in OVERLAYS else "config FILE"
+                    raise InputError(f"Name a {kind}, for example --{example}.")
+                named, rest = (named, rest) if named else (rest[0], rest[1:])
+                if not recipes and kind != "config":
+                    break
+                recipes.append(named if kind == "config" else f"{kind}/{named}")
+                arguments = [*arguments[:place], *rest]
+                break
+    if not recipes:
+        raise InputError(f"Name a recipe first: clat {name} RECIPE ..., for example clat {name} pgd-at.")
+    return recipes, arguments
+
+
+def _entries(name: str) -> list[dict[str, Any]]:
+    return [*table()["commands"][name]["arguments"], *_settings(name)]
+
+
+def _settings(name: str) -> list[dict[str, Any]]:
+    return table()["settings"] if name in RECIPE_COMMANDS else []
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        message = message.replace("the following arguments are required:", "it needs", 1)
+        raise InputError(f"{self.prog}: {message}; its usage is {self.usage}.")
+
+
+@cache
+def _parser(name: str) -> _Parser:
+    """Takes every argument as text; only what is given comes out."""
+    described, settings = table()["commands"][name], _settings(name)
+    parser = _Parser(
+        prog=f"clat {name}", usage=f"clat {name} {USAGE[name]}", description=described["summary"], allow_abbrev=False
     )
-    known = parser.add_subcommands(required=True, dest="command", title="commands", metavar="COMMAND")
-    for name, function in commands.items():
-        known.add_subcommand(name, _subparser(name, function), help=_summary(function))
-    parsed = parser.parse_args(_recipe_as_config(list(arguments)))
-    values = parser.instantiate(parsed)[parsed.command].as_dict()
-    if parsed.command in RECIPE_COMMANDS:
-        for key in ("config", *OVERLAYS):
-            values.pop(key)
-        values["recipe"] = Recipe(**{key: values.pop(key) for key in Recipe.__dataclass_fields__})
-    if "from" in values:
-        values["origin"] = values.pop("from")
-    return parsed.command, values
-
-
-def _subparser(name: str, function: Command) -> ArgumentParser:
-    parser = ArgumentParser(description=_summary(function), exit_on_error=False, usage=f"clat {name} {USAGE[name]}")
-    described = {entry.arg_name: entry.description for entry in docstring_parser.parse(function.__doc__ or "").params}
-    parameters = inspect.signature(function).parameters
-    added = {"recipe", "origin"} & set(parameters)
-    if "origin" in parameters:
-        parser.add_argument("--from", required=True, metavar="CHECKPOINT_OR_RUN", help=described["origin"])
-    for key, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
-            if key != "recipe":
-                several = {"nargs": "+"} if parameter.annotation == list[str] else {}
-                parser.add_argument(key, type=str, help=described[key], **several)
-                added.add(key)
-        elif parameter.default is False:
-            parser.add_argument(f"--{key}", action="store_true", help=described[key])
-            added.add(key)
-    parser.add_function_arguments(function, as_group=False, skip=added)
-    if "recipe" in parameters:
-        parser.add_argument("--config", action=_RecipeFile, help="the recipe, the same as RECIPE")
-        for kind, names in OVERLAYS.items():
-            parser.add_argument(f"--{kind}", choices=names, help=f"lay recipes/{kind}/NAME.yaml over the recipe")
-        parser.add_class_arguments(Recipe)
+    of_recipe = parser.add_argument_group("recipe", "Every setting of a run.") if settings else parser
+    for group, entries in ((parser, described["arguments"]), (of_recipe, settings)):
+        for entry in entries:
+            options: dict[str, Any] = {"help": entry["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
+            if entry.get("many"):
+                options["nargs"] = "+"
+            if entry.get("positional"):
+                del options["default"]
+            elif entry.get("switch"):
+                options["action"] = "store_true"
+            else:
+                options.update(metavar=entry["metavar"], required=entry.get("required", False))
+            group.add_argument(entry["name"] if entry.get("positional") else f"--{entry['name']}", **options)
     return parser
 
 
-class _RecipeFile(ActionConfigFile):  # type: ignore[misc]
-    """A file that sets a recipe's keys and nothing else: no network, no data, and no place to write to."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        content = parse_yaml(read_text(Path(str(values)), "recipe"), values, "recipe")
-        others = {str(key).partition(".")[0] for key in content or ()} - set(Recipe.__dataclass_fields__)
-        if others:
-            raise InputError(
-                f"The recipe {plain(values)} sets {', '.join(map(plain, sorted(others)))}, which is no key of a "
-                "recipe; give it in the call."
-            )
-        super().__call__(parser, cfg, values, option_string)
-
-
-def _overlays(arguments: list[str]) -> list[str]:
-    """``--protocol NAME`` and ``--scale NAME`` as recipes laid over the one named first, in this order."""
-    laid: list[str] = []
-    for kind in OVERLAYS:
-        for place, argument in enumerate(arguments):
-            flag, _, name = argument.partition("=")
-            if flag == f"--{kind}":
-                rest = arguments[place + 1 :]
-                if not name and not rest:
-                    raise InputError(f"Name a {kind}, for example --{kind} {OVERLAYS[kind][0]}.")
-                name, rest = (name, rest) if name else (rest[0], rest[1:])
-                laid += ["--config", str(recipe_path(f"{kind}/{name}"))]
-                arguments = [*arguments[:place], *rest]
-                break
-    return [*laid, *arguments]
-
-
-def _summary(function: Command) -> str:
-    return (function.__doc__ or "").strip().split("\n")[0]
-
-
-def _recipe_as_config(arguments: list[str]) -> list[str]:
-    """``train RECIPE ...`` as ``train --config FILE ...``, and dashes inside a flag's name as underscores."""
-    spelled = [
-        "--" + flag[2:].replace("-", "_") + equals + value if argument.startswith("--") else argument
-        for argument in arguments
-        for flag, equals, value in [argument.partition("=")]
-    ]
-    if len(spelled) > 1 and spelled[0] in RECIPE_COMMANDS and not spelled[1].startswith("-"):
-        path = recipe_path(spelled[1])
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"The recipe {path} is not readable YAML: {error}.") from error
-        if not isinstance(content, dict):
-            raise InputError(f"The recipe {path} must hold keys and values, as recipes/clat.yaml does.")
-        return [spelled[0], "--config", str(path), *_overlays(spelled[2:])]
-    if spelled[:1] and spelled[0] in RECIPE_COMMANDS and not {"--help", "-h", "--config"} & set(spelled):
-        raise InputError(f"Name a recipe first: clat {spelled[0]} RECIPE ..., for example clat {spelled[0]} pgd-at.")
-    return spelled
+def _overview() -> str:
+    known = table()["commands"]
+    width = max(map(len, known)) + 2
+    lines = [f"  {name:{width}}{entry['summary']}" for name, entry in known.items()]
+    return (
+        "usage: clat COMMAND ...\n\n"
+        "Criticality-Leveraged Adversarial Training: find a network's critical layers, train only these.\n\n"
+        "commands:\n" + "\n".join(lines) + "\n\noptions:\n"
+        "  --help     this text; clat COMMAND --help lists a command's flags\n"
+        "  --version  the version\n"
+        "  --debug    show where in the code an error arose\n"
+    )
 
 
 def named(text: str) -> tuple[str, dict[str, Any]]:

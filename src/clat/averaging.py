@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from clat.checks import check_fields
 from clat.errors import InputError
 from clat.integrity import tensors
 
@@ -30,8 +31,7 @@ class Average:
     start: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("ema", "swa"):
-            raise InputError(f"average.kind is {self.kind!r}; choose one of ema, swa.")
+        check_fields(self, "average.")
         if not 0 < self.decay < 1:
             raise InputError(f"average.decay is {self.decay}; it must be between 0 and 1, e.g. 0.995.")
         if self.start < 1:

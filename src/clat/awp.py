@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clat.checks import check_fields
 from clat.errors import InputError
 
 
@@ -27,6 +28,7 @@ class Awp:
     warmup: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "awp.")
         if not 0 < self.gamma < 1:
             raise InputError(f"awp.gamma is {self.gamma}; it must be between 0 and 1, e.g. 0.01.")
         if self.warmup < 0:

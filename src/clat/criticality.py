@@ -2,15 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clat.checks import check_word, shown
 from clat.errors import InputError
 from clat.layers import At, Call, lengths, logits, observe, trace
-from clat.threat import Images, Labels, Threat, ascend, check_images, held
+from clat.threat import Images, Labels, Threat, ascend, check_images, held, whole_labels
 
 Norm = Literal["paper", "rms"]
 
@@ -46,9 +47,12 @@ def criticality(
         norm: divide each feature distance by N ("paper", Eq. 5) or by sqrt(N) ("rms")
         at: compare features at the layer's output or after its normalisation and activation
     Raises:
-        InputError: images of another shape or outside [0, 1]; features that are not finite
+        InputError: images of another shape or outside [0, 1]; another word; features that are not finite
     """
+    check_word("norm", norm, get_args(Norm))
+    check_word("at", at, get_args(At))
     check_images(x)
+    check_images(x_adv)
     if x.shape != x_adv.shape:
         raise InputError(f"The clean images have shape {tuple(x.shape)}, the attacked ones {tuple(x_adv.shape)}.")
     calls = trace(model, x[:1])
@@ -82,7 +86,17 @@ def _scores(calls: list[Call], weakness: list[float]) -> list[LayerScore]:
 
 
 def attack_output(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-    """The untargeted PGD attack on the network's output that Section 3.1 uses in place of one attack a layer."""
+    """The untargeted PGD attack on the network's output that Section 3.1 uses in place of one attack a layer.
+
+    Raises:
+        InputError: images of another shape or outside [0, 1]; labels that are not one whole number an image
+    """
+    check_images(x)
+    return label_attack(model, x, whole_labels(y, x), threat)
+
+
+def label_attack(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+    """``attack_output`` inside a training loop, where the batch is known to be good."""
     return ascend(lambda z: F.cross_entropy(logits(model(z)), y, reduction="none"), x, threat, model=model)
 
 
@@ -101,7 +115,7 @@ def top(scores: list[LayerScore], k: int | float, *, head: bool = False) -> list
     """The names of the k most critical layers, most critical first (Algorithm 1, line 9).
 
     Args:
-        k: how many layers (an int), or which share of them (a float below 1, rounded, at least one layer)
+        k: how many layers (an int), or which share of them (a float up to 1.0, rounded, at least one layer)
         head: let the classification head be selected too
     """
     names = list(dict.fromkeys(score.name for score in ranked(scores, head=head)))
@@ -109,8 +123,23 @@ def top(scores: list[LayerScore], k: int | float, *, head: bool = False) -> list
 
 
 def layer_count(k: int | float, layers: int) -> int:
-    """k as a number of layers. Raises InputError if it is not between 1 and the number of layers, or a share."""
-    count = max(1, round(k * layers)) if isinstance(k, float) and 0 < k < 1 else k
-    if count != int(count) or not 1 <= count <= layers:
-        raise InputError(f"k is {k}; give a number of layers from 1 to {layers}, or a share between 0 and 1.")
-    return int(count)
+    """k as a number of layers: an int is one, a float is a share of them, rounded, at least one layer.
+
+    Raises:
+        InputError: k is neither, or there are not so many layers
+    """
+    check_k(k)
+    count = max(1, round(k * layers)) if isinstance(k, float) else k
+    if count > layers:
+        raise InputError(f"k is {k}; give a number of layers from 1 to {layers}, or a share such as 0.05.")
+    return count
+
+
+def check_k(k: object, name: str = "k") -> None:
+    """Raises InputError unless k is an int of 1 or more, or a float above 0 and up to 1.0, which is all layers."""
+    count = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+    share = isinstance(k, float) and 0 < k <= 1
+    if not count and not share:
+        raise InputError(
+            f"{name} is {shown(k)}; give a whole number of layers from 1 on, or a share above 0 and up to 1.0 (all)."
+        )

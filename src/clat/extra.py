@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from clat.checkpoint import load_checkpoint
+from clat.checks import check_fields
 from clat.data import Dataset, load_data, to_unit
 from clat.errors import InputError
 from clat.evaluate import check_fits, predict
@@ -32,6 +33,7 @@ class Extra:
     size: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "extra.")
         if not 0 < self.share < 1:
             raise InputError(f"extra.share is {self.share}; it is a share of each batch, between 0 and 1.")
 

@@ -92,7 +92,7 @@ def parse_yaml(text: str, where: object, what: str = "file") -> Any:
             if depth > DEEPEST:
                 raise InputError(f"{plain(where)} is nested too deep for a {what}.")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{plain(where)} is not a readable {what}: it is no valid YAML ({plain(error)}).") from error

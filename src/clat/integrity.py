@@ -54,9 +54,9 @@ def verify(model: nn.Module, selection: Selection, before: State) -> None:
     for name, tensor in tensors(model).items():
         same = same_bits(tensor, before[name])
         if name not in free and not same:
-            raise IntegrityError(
-                f"{name} is frozen but changed since the last check; something outside the optimizer writes to it."
-            )
+            buffer = name in dict(model.named_buffers())
+            cause = "call model.eval() before passes of your own" if buffer else "something else writes to it"
+            raise IntegrityError(f"{name} is frozen but changed since the last check; {cause}.")
         if name.startswith(selected) and name in selection.trainable and tensor.dim() > 1 and same:
             raise IntegrityError(
                 f"{name} is selected but did not move; it got no gradient (is the layer used, and the learning rate "

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clat.errors import InputError
 from clat.text import plain
-from clat.threat import Cost, Images, held
+from clat.threat import Cost, Images, check_images, held
 
 At = Literal["output", "activation"]
 Between = Callable[[Tensor, Tensor], Tensor]  # two features (batch, ...) -> how far apart they are (batch,)
@@ -63,7 +63,12 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layers(model: nn.Module, x: Images) -> dict[str, nn.Module]:
-    """The layers that run on images x, dotted name -> module, in the order of their first execution."""
+    """The layers that run on images x, dotted name -> module, in the order of their first execution.
+
+    Raises:
+        InputError: images of another shape or outside [0, 1], or no layer ran
+    """
+    check_images(x)
     return {call.name: call.module for call in trace(model, x)}
 
 

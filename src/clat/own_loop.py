@@ -1,17 +1,20 @@
 """CLAT for a training loop of your own: no trainer, no run folder, any ``nn.Module``."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from clat.checks import annotations, check_seed, fit, nearest, shown
 from clat.criticality import LayerScore
 from clat.errors import InputError
-from clat.integrity import LayerStatus, snapshot, status, verify
-from clat.layers import logits
+from clat.integrity import LayerStatus, State, snapshot, status, verify
+from clat.layers import observe
 from clat.objectives import Clat
-from clat.threat import Images, Labels, Threat, check_images, fraction, held
+from clat.threat import Images, Labels, Threat, check_images, fraction, held, whole_labels
 from clat.tuners import Critical, Selection
 
 
@@ -28,10 +31,26 @@ class CLAT:
     ...     clat.check()  # raises IntegrityError if a frozen tensor moved or a selected weight did not
 
     Modes need no care: while the loss is computed, frozen layers run in eval mode whatever ``model.train()`` set.
+    Passes of your own through the network belong in ``model.eval()``, or they move the buffers of frozen BatchNorm.
+
+    Batches are float images and integer labels of any width; float64 images become float32 unless the network has
+    float64 parameters. Layers that you froze before (``requires_grad`` False) stay frozen and are not selected.
+
+    On several processes, select on the bare network, on the same images and random numbers in each process; then wrap,
+    anew after every selection, because DistributedDataParallel averages what trained when it was made::
+
+        parameters = clat.select(x, y)
+        ddp = DistributedDataParallel(model, broadcast_buffers=False)
+        loss = clat.loss(x, y, through=ddp)
+
+    Layers have their names in ``model`` as given: under ``torch.compile(model)`` they begin with ``_orig_mod.``.
+
+    To go on after a stop, save the network, ``clat.state_dict()``, the optimizer and ``torch.get_rng_state()``, which
+    the attacks draw from; load the network first, then ``optimizer = SGD(clat.load_state_dict(state), lr=0.01)``.
 
     Args:
         model: takes pixels in [0, 1] (batch, channel, height, width), returns class scores (batch, classes)
-        k: how many layers train, or which share of them
+        k: how many layers train (an int), or which share of them (a float up to 1.0, all)
         eps: radius of the l-infinity ball; a number or text such as 8/255
         step: length of an attack step; default the paper's share of eps, 7/30
         steps: attack steps
@@ -55,41 +74,94 @@ class CLAT:
         seed: int = 0,
         **options: Any,
     ):
-        self.model, self.seed = model, seed
-        self.threat = threat or Threat(eps=eps, step=fraction(eps) * 7 / 30 if step is None else step, steps=steps)
-        keys = {"clat": Clat.__dataclass_fields__, "critical": Critical.__dataclass_fields__}
-        unknown = [key for key in options if not any(key in fields for fields in keys.values())]
-        if unknown:
-            known = sorted({*keys["clat"], *keys["critical"]} - {"k", "every", "batch", "momentum", "learning_rate"})
-            raise InputError(f"CLAT has no option {unknown[0]!r}; it has {', '.join(known)}.")
+        if isinstance(model, DistributedDataParallel):
+            raise InputError(
+                "Give CLAT the bare network, select, then wrap it and pass the wrapper to loss as through=; one from "
+                "before the selection averages the wrong gradients."
+            )
+        if not isinstance(model, nn.Module):
+            raise InputError(f"CLAT needs a torch.nn.Module; got {type(model).__name__}.")
+        self.model, self.seed = model, fit("seed", seed, int)
+        check_seed("seed", self.seed)
+        if threat is None:
+            threat = Threat(eps=eps, step=fraction(eps) * 7 / 30 if step is None else step, steps=steps)
+        self.threat = fit("threat", threat, Threat)
+        of_a_trainer = {"k", "every", "batch", "momentum", "learning_rate"}  # your loop decides these
+        keys = {"clat": annotations(Clat), "critical": annotations(Critical)}
+        known = sorted({*keys["clat"], *keys["critical"]} - of_a_trainer)
+        for key in options:
+            if key not in known:
+                raise InputError(f"CLAT has no option {key!r}; it has {', '.join(known)}.{nearest(key, known)}")
         self.objective = replace(Clat(), **{key: options[key] for key in options if key in keys["clat"]})
         self.tuner = replace(Critical(k=k), **{key: options[key] for key in options if key in keys["critical"]})
         self.selection: Selection | None = None
         self.selections = 0
+        self._classes: int | None = None  # of the network's outputs, once it has run
+        self._before: State = {}  # the network when it was checked last
+        self._through: tuple[nn.Module | None, int] = (None, 0)  # the last wrapper, and the selection it was made under
 
     def select(self, x: Images, y: Labels) -> list[nn.Parameter]:
-        """Ranks the layers on a batch (Algorithm 1, lines 4-9), freezes all others and returns what trains."""
-        self._check(x, y)
-        self.selections += 1
-        self.selection = self.tuner.select(self.model, x, y, self.threat, epoch=self.selections, seed=self.seed)
-        parameters = self.selection.apply(self.model)
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        self._before = snapshot(self.model)
-        return parameters
+        """Ranks the layers on a batch (Algorithm 1, lines 4-9), freezes all others and returns what trains.
 
-    def loss(self, x: Images, y: Labels) -> Tensor:
-        """Eq. 9 on a batch, a scalar to call ``backward`` on (Algorithm 1, lines 13 and 14)."""
+        Raises:
+            InputError: images outside [0, 1], labels that the network has no output for, or too few layers for k
+        """
+        self._classes = None
+        x, y = self._batch(x, y)
+        number = self.selections + 1
+        selection = self.tuner.select(self.model, x, y, self.threat, epoch=number, seed=self.seed)
+        self.selections = number
+        return self._take(selection)
+
+    def loss(self, x: Images, y: Labels, *, through: nn.Module | None = None) -> Tensor:
+        """Eq. 9 on a batch, a scalar to call ``backward`` on (Algorithm 1, lines 13 and 14).
+
+        Args:
+            through: the network as DistributedDataParallel wrapped it after the last selection
+        Raises:
+            InputError: no selection yet, a batch that ``select`` would refuse, or a wrapper from before the selection
+        """
         selection = self._selected()
+        x, y = self._batch(x, y)
+        if through is not None:
+            self._check_wrapper(through)
         x_adv = self.threat.project(self.objective.perturb(self.model, x, y, self.threat), x)
         with selection.mode(self.model):
-            terms = self.objective.loss(self.model, x, x_adv, y)
+            terms = self.objective.loss(self.model if through is None else through, x, x_adv, y)
         return terms["cross_entropy"] + terms["criticality"]
 
     def check(self) -> None:
         """Raises IntegrityError unless, since the last check, all that is frozen stood still and the rest moved."""
         verify(self.model, self._selected(), self._before)
         self._before = snapshot(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a stopped loop needs to go on, as numbers, texts and lists: last selection, their count, the seed."""
+        selection = None if self.selection is None else self.selection.to_json()
+        return {"selection": selection, "selections": self.selections, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[nn.Parameter]:
+        """Puts back what ``state_dict`` returned and returns the parameters that train (none before a selection).
+
+        Load the network's own ``state_dict`` first: the next ``check`` compares with the weights as they are now.
+
+        Raises:
+            InputError: no such state, or one of another network
+        """
+        try:
+            seed, number, entry = (state[key] for key in ("seed", "selections", "selection"))
+            selection = None if entry is None else Selection.from_json(entry)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"This is no state of a CLAT loop ({shown(error)}); give what state_dict returned."
+            ) from error
+        seed, number = fit("seed", seed, int), fit("selections", number, int)
+        known = {name for name, _ in self.model.named_parameters()}
+        unknown = [] if selection is None else [name for name in selection.trainable if name not in known]
+        if unknown:
+            raise InputError(f"The state is of another network: this one has no parameter {shown(unknown[0])}.")
+        self.seed, self.selections, self.selection = seed, number, None
+        return [] if selection is None else self._take(selection)
 
     def status(self) -> list[LayerStatus]:
         """Each layer as trained, frozen or irregular."""
@@ -110,15 +182,31 @@ class CLAT:
             raise InputError("No layers are selected yet; call select(x, y) first.")
         return self.selection
 
-    def _check(self, x: Images, y: Labels) -> None:
+    def _take(self, selection: Selection) -> list[nn.Parameter]:
+        parameters = selection.apply(self.model)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.selection, self._before = selection, snapshot(self.model)
+        return parameters
+
+    def _batch(self, x: Images, y: Labels) -> tuple[Images, Labels]:
+        """The batch as the network takes it."""
         check_images(x)
-        with held(self.model), torch.no_grad():
-            classes = logits(self.model(x[:1])).shape[1]
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        if x.dtype == torch.float64 and all(p.dtype != torch.float64 for p in self.model.parameters()):
+            x = x.float()
+        if self._classes is None:
+            with held(self.model), torch.no_grad():
+                scores = observe(self.model, x[:1], {}, lambda *_: None)
+            assert scores is not None  # it ran to the end
+            self._classes = scores.shape[1]
+        return x, whole_labels(y, x, self._classes)
+
+    def _check_wrapper(self, through: nn.Module) -> None:
+        if getattr(through, "module", None) is not self.model:
+            raise InputError("The wrapper given as through= does not hold the network that was given to CLAT.")
+        last, number = self._through
+        if last is through and number != self.selections:
             raise InputError(
-                f"The labels run from {int(y.min())} to {int(y.max())}, but the network has {classes} outputs."
+                "The wrapper is from before the last selection; wrap the network anew after each selection."
             )
-        if y.shape != x.shape[:1]:
-            raise InputError(
-                f"There are {len(x)} images but labels of shape {tuple(y.shape)}; give one label an image."
-            )
+        self._through = through, self.selections

@@ -1,14 +1,15 @@
 """A recipe: every setting of a run, as one value. The YAML files in recipes/ hold what differs from the defaults."""
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from clat.averaging import Average
 from clat.awp import Awp
+from clat.checks import check_fields, check_least, check_seed, check_word
 from clat.errors import InputError
 from clat.extra import Extra
 from clat.objectives import OBJECTIVES, Clat, FastAt, FreeAt, GradAlign, Mart, Objective, Score, Trades
+from clat.recipe_files import recipe_path as recipe_path
 from clat.threat import Threat
 from clat.tuners import TUNERS, ConvLora, Critical, Rift, Tuner
 
@@ -109,19 +110,29 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"There is no objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
-        if self.tuner not in TUNERS:
-            raise InputError(f"There is no tuner {self.tuner!r}; choose one of {', '.join(TUNERS)}.")
+        check_fields(self)
+        check_word("objective", self.objective, OBJECTIVES)
+        check_word("tuner", self.tuner, TUNERS)
         for name in (*OBJECTIVES, *TUNERS):
             keys = self._keys(name)
             if name not in (self.objective, self.tuner) and keys is not None and keys != type(keys)():
                 raise InputError(f"{_field(name)} keys are given, but the recipe does not use {name}; remove them.")
-        for key in ("epochs", "batch_size", "images"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise InputError(f"{key} is {getattr(self, key)}; it must be 1 or more.")
-        if not self.lr > 0:
-            raise InputError(f"lr is {self.lr}; it must be above 0.")
+        check_least(self, 1, "epochs", "batch_size", "images", "holdout")
+        check_least(self, 0, "validation_steps", "weight_decay")
+        for key in ("lr", "clip"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise InputError(f"{key} is {value}; it must be above 0.")
+        for key in ("seed", "holdout_seed"):
+            check_seed(key, getattr(self, key))
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum is {self.momentum}; it must be 0 or more and below 1.")
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            raise InputError("nesterov needs a momentum above 0.")
+        if any(later <= earlier for earlier, later in zip((0, *self.milestones), self.milestones, strict=False)):
+            raise InputError(
+                f"milestones are {list(self.milestones)}; give epochs from 1 on, each above the one before."
+            )
         if (self.schedule == "step") != bool(self.milestones):
             raise InputError(
                 f"schedule is {self.schedule} and milestones are {list(self.milestones)}; a step schedule needs "
@@ -147,21 +158,3 @@ class Recipe:
 
 def _field(name: str) -> str:
     return name.replace("-", "_")
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a recipe given by path or by the name of one that ships with clat, e.g. ``clat``.
-
-    Raises:
-        InputError: there is none
-    """
-    folders = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")  # installed; in a checkout
-    shipped = {
-        str(path.relative_to(folder).with_suffix("")): path for folder in folders for path in folder.rglob("*.yaml")
-    }
-    if Path(name).is_file():
-        return Path(name)
-    if name in shipped:
-        return shipped[name]
-    known = ", ".join(sorted(shipped))
-    raise InputError(f"There is no recipe {name!r}; give a YAML file or one of {known}.")

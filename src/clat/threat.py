@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clat.checks import check_fields, check_least, shown
 from clat.errors import InputError
 
 Images = Tensor  # Float[Tensor, "batch channel height width"], pixels in [0, 1]
@@ -23,9 +24,13 @@ GAUSSIAN_START = 0.001  # standard deviation of the "gaussian" start, after TRAD
 def fraction(value: float | str) -> float:
     """A number given as a number or as text such as ``8/255``. Raises InputError if it is neither."""
     try:
-        return float(Fraction(value))
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
-        raise InputError(f"{value!r} is not a number; write it like 0.03 or 8/255.") from error
+        # Not all by Fraction, which writes 1e999999999 out.
+        number = float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise InputError(f"{shown(value)} is not a number; write it like 0.03 or 8/255.")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +57,13 @@ class Threat:
     def __post_init__(self) -> None:
         for key in ("eps", "step"):
             value = fraction(getattr(self, key))
-            if not 0 < value < float("inf"):
+            if not value > 0:
                 raise InputError(f"threat.{key} is {value}; it must be a positive number such as 8/255.")
             object.__setattr__(self, key, value)
+        check_fields(self, "threat.")
         if self.norm == "linf" and self.radius > 1:
             raise InputError(f"threat.eps is {self.eps}, but pixels lie in [0, 1]; for 8 grey levels write 8/255.")
-        if self.steps < 0:
-            raise InputError(f"threat.steps is {self.steps}; it must be 0 or more.")
-        for key, known in _CHOICES.items():
-            if getattr(self, key) not in known:
-                raise InputError(f"threat.{key} is {getattr(self, key)!r}; choose one of {', '.join(known)}.")
+        check_least(self, 0, "steps", prefix="threat.")
 
     @property
     def radius(self) -> float:
@@ -104,22 +106,23 @@ class Threat:
         return x_adv + gradient * per_image(step / length, gradient)
 
 
-_CHOICES = {
-    "norm": ("linf", "l2"),
-    "start": ("uniform", "gaussian", "zero"),
-    "mode": ("eval", "batch", "train"),
-}
-
-
 def check_images(x: Images) -> None:
     """Raises InputError unless x is (batch, channel, height, width) with finite pixels in [0, 1]."""
-    if x.dim() != 4 or not x.is_floating_point():
+    if not isinstance(x, Tensor):
         raise InputError(
-            f"Images must be a float tensor (batch, channel, height, width); got {x.dtype} {tuple(x.shape)}."
+            f"Images must be a float tensor (batch, channel, height, width); got {type(x).__name__}, which "
+            "torch.as_tensor may convert."
         )
-    if not len(x):
+    if x.dim() != 4 or not x.is_floating_point():
+        divide = "; divide uint8 pixels by 255" if x.dtype == torch.uint8 else ""
+        raise InputError(
+            f"Images must be a float tensor (batch, channel, height, width); got {x.dtype} {tuple(x.shape)}{divide}."
+        )
+    if not x.numel():
         raise InputError("The batch has no images.")
-    low, high = (value.item() for value in torch.aminmax(x))
+    if x.is_meta:
+        return  # a shape without values
+    low, high = torch.stack(torch.aminmax(x)).tolist()
     if math.isnan(low) or math.isnan(high):
         raise InputError("Some pixels are NaN; clean the data first.")
     if low < -1e-6 or high > 1 + 1e-6:
@@ -127,6 +130,28 @@ def check_images(x: Images) -> None:
             f"Pixels lie in [{low:.3g}, {high:.3g}], not in [0, 1]; divide by 255, or leave the normalisation to the "
             "model."
         )
+
+
+def whole_labels(y: Labels, x: Images, classes: int | None = None) -> Labels:
+    """The labels of a batch as int64, whatever integers they come as.
+
+    Args:
+        classes: the network's outputs, if labels are to be compared with them
+    Raises:
+        InputError: no tensor of integers, not one label an image, or labels that the network has no output for
+    """
+    if not isinstance(y, Tensor):
+        raise InputError(f"Labels must be a tensor of whole numbers, one an image; got {type(y).__name__}.")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise InputError(f"Labels must be whole numbers, such as int64; got {y.dtype}.")
+    if y.shape != x.shape[:1]:
+        raise InputError(f"There are {len(x)} images but labels of shape {tuple(y.shape)}; give one label an image.")
+    y = y.long()
+    if classes is not None and not y.is_meta:
+        first, last = torch.stack(torch.aminmax(y)).tolist()
+        if not 0 <= first <= last < classes:
+            raise InputError(f"The labels run from {first} to {last}, but the network has {classes} outputs.")
+    return y
 
 
 def check_start(threat: Threat, objective: str) -> None:

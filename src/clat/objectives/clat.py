@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.criticality import attack_output
+from clat.checks import check_fields
+from clat.criticality import label_attack
 from clat.errors import InputError
 from clat.layers import At, Between, compare, feature_distance, l2, lengths, record, trained_layers
 from clat.threat import Images, Labels, Threat, ascend
@@ -39,7 +40,8 @@ class Clat:
     at: At = "output"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
+        check_fields(self, "clat.")
+        if self.weight < 0:
             raise InputError(f"clat.weight is {self.weight}; lambda of Eq. 9 must be 0 or more.")
 
     @cached_property
@@ -50,7 +52,7 @@ class Clat:
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         """The inner maximisation of Eq. 8: the network runs only as far as its deepest selected layer."""
         if self.attack == "label":
-            return attack_output(model, x, y, threat)
+            return label_attack(model, x, y, threat)
         if threat.start == "zero":
             raise InputError(
                 "threat.start is zero, where the feature distance has no gradient; set it to uniform, or clat.attack "

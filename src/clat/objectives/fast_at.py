@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from clat.attacks import pgd, pgd_attack
-from clat.criticality import attack_output
+from clat.checks import check_fields
+from clat.criticality import label_attack
 from clat.errors import InputError
 from clat.evaluate import predict
 from clat.objectives.pgd_at import PgdAt
@@ -31,12 +32,13 @@ class FastAt(PgdAt):
     largest_drop: float = 0.2
 
     def __post_init__(self) -> None:
+        check_fields(self, "fast_at.")
         if not 0 < self.largest_drop <= 1:
             raise InputError(f"fast_at.largest_drop is {self.largest_drop}; it must be above 0 and at most 1.")
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         check_one_step(threat, "fast-at", "1.25 eps")
-        return attack_output(model, x, y, threat)
+        return label_attack(model, x, y, threat)
 
     def probe(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Tensor:
         """Which images, bool (batch,), the network in eval mode still gets right under PGD-5 with steps of eps / 4."""

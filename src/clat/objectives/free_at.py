@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clat.checks import check_fields
 from clat.errors import InputError
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat, check_one_step
@@ -33,6 +34,7 @@ class FreeAt:
     replays: int = 8
 
     def __post_init__(self) -> None:
+        check_fields(self, "free_at.")
         if self.replays < 2:
             raise InputError(f"free_at.replays is {self.replays}; with fewer than 2 no image meets its perturbation.")
 

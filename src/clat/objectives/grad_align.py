@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.criticality import attack_output
+from clat.checks import check_fields
+from clat.criticality import label_attack
 from clat.errors import InputError
 from clat.layers import lengths, logits
 from clat.threat import Images, Labels, Threat, check_one_step, per_image
@@ -32,7 +33,8 @@ class GradAlign:
     weight: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
+        check_fields(self, "grad_align.")
+        if self.weight < 0:
             raise InputError(f"grad_align.weight is {self.weight}; lambda must be 0 or more.")
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
@@ -41,7 +43,7 @@ class GradAlign:
             raise InputError(
                 "grad-align attacks by FGSM; set threat.start to zero, threat.norm to linf and threat.step to eps."
             )
-        return attack_output(model, x, y, threat)
+        return label_attack(model, x, y, threat)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         eps = (x_adv - x).abs().max().item()

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.criticality import attack_output
+from clat.checks import check_fields
+from clat.criticality import label_attack
 from clat.errors import InputError
 from clat.layers import full_precision, logits
 from clat.threat import Images, Labels, Threat
@@ -29,11 +30,12 @@ class Mart:
     beta: float = 5.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < float("inf"):
+        check_fields(self, "mart.")
+        if self.beta < 0:
             raise InputError(f"mart.beta is {self.beta}; the weight of the divergence must be 0 or more.")
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-        return attack_output(model, x, y, threat)
+        return label_attack(model, x, y, threat)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         clean, attacked = logits(model(x)), logits(model(x_adv))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.criticality import attack_output
+from clat.criticality import label_attack
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat
 
@@ -15,7 +15,7 @@ class PgdAt:
     """Cross-entropy on images attacked by PGD on the cross-entropy; no clean term."""
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-        return attack_output(model, x, y, threat)
+        return label_attack(model, x, y, threat)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(logits(model(x_adv)), y)}

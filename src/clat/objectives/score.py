@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clat.checks import check_fields
 from clat.errors import InputError
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat, ascend, check_start, held
@@ -34,9 +35,8 @@ class Score:
     clip: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.form not in ("pgd-at", "trades"):
-            raise InputError(f"score.form is {self.form!r}; choose one of pgd-at, trades.")
-        if not 0 <= self.beta < float("inf"):
+        check_fields(self, "score.")
+        if self.beta < 0:
             raise InputError(f"score.beta is {self.beta}; the weight of the second distance must be 0 or more.")
         if not 0 <= self.clip < 1:
             raise InputError(f"score.clip is {self.clip}; it must be 0 or more and below 1.")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clat.checks import check_fields
 from clat.errors import InputError
 from clat.layers import logits
 from clat.threat import Images, Labels, Threat, ascend, check_start, held
@@ -31,7 +32,8 @@ class Trades:
     second_clean_forward: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < float("inf"):
+        check_fields(self, "trades.")
+        if self.beta < 0:
             raise InputError(f"trades.beta is {self.beta}; the weight of the divergence must be 0 or more.")
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:

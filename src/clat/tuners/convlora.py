@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from clat.checks import check_fields
 from clat.errors import InputError
-from clat.layers import NORM_TYPES, full_precision, trace
+from clat.layers import NORM_TYPES, full_precision, layer_modules, trace
 from clat.threat import Images, Labels, Threat
-from clat.tuners.selection import Selection, moving_norms
+from clat.tuners.selection import FROZEN, Selection, moving_norms, parameters_of, selectable, with_tied
+
+HIGHEST_RANK = 4096  # no layer has more channels than that by much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,9 @@ class ConvLora:
     learning_rate: ClassVar[Literal["continue", "restart"]] = "continue"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"convlora.rank is {self.rank}; it must be 1 or more.")
+        check_fields(self, "convlora.")
+        if not 1 <= self.rank <= HIGHEST_RANK:
+            raise InputError(f"convlora.rank is {self.rank}; it must be from 1 to {HIGHEST_RANK}.")
         if not self.alpha > 0:
             raise InputError(f"convlora.alpha is {self.alpha}; it must be above 0.")
 
@@ -56,18 +60,22 @@ class ConvLora:
         """All layers that run on images x (batch, channel, height, width), but for the head.
 
         Raises:
-            InputError: no layer can be adapted, or one is parametrised already
+            InputError: no layer can be adapted, one is parametrised already, or two share a weight
         """
         calls = trace(model, x[:1])
         head = None if self.head or len(calls) == 1 else calls[-1].name
-        layers = tuple(dict.fromkeys(call.name for call in calls if call.name != head and _fits(call.module)))
-        if not layers:
+        fitting = list(dict.fromkeys(call.name for call in calls if call.name != head and _fits(call.module)))
+        if not fitting:
             raise InputError("The network has no square convolution or linear layer that convlora could adapt.")
+        layers = tuple(selectable(model, fitting))
         for name in layers:
+            tied = with_tied(model, [name], layer_modules(model))
+            if len(tied) > 1:
+                raise InputError(f"Layers {' and '.join(tied)} share one weight, which convlora cannot adapt.")
             if parametrize.is_parametrized(model.get_submodule(name)):
                 raise InputError(f"Layer {name} is parametrised already; remove that before adapting it by convlora.")
         norms = [name for name, module in model.named_modules() if isinstance(module, NORM_TYPES)]
-        affine = [f"{n}.{key}" for n in norms for key, _ in model.get_submodule(n).named_parameters(recurse=False)]
+        affine = parameters_of(model, norms)
         return Selection(
             epoch=epoch,
             layers=layers,
@@ -140,3 +148,4 @@ def merge(model: nn.Module) -> None:
     """Adds the products to the weights and removes them: the network is an ordinary one, with its ordinary names."""
     for module in adapted_layers(model).values():
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        vars(module).setdefault(FROZEN, set()).add("weight")

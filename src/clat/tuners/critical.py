@@ -6,19 +6,23 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, Norm, attack_output, criticality, layer_count, ranked
+from clat.checks import check_fields
+from clat.criticality import LayerScore, Norm, attack_output, check_k, criticality, layer_count, ranked
 from clat.errors import InputError
 from clat.layers import At, trace
 from clat.threat import Images, Labels, Threat
-from clat.tuners.selection import Selection, moving_norms
+from clat.tuners.selection import Selection, moving_norms, parameters_of, selectable, with_tied
 
 
 @dataclass(frozen=True, kw_only=True)
 class Critical:
     """Selects, trains and freezes by criticality.
 
+    Layers that share a weight count as one and are selected together. A layer that was frozen before the first
+    selection (``requires_grad`` False) is never selected.
+
     Args:
-        k: how many layers train (an integer), or which share of the layers (a number below 1)
+        k: how many layers train (a whole number), or which share of them (a decimal above 0 and up to 1.0, all)
         every: epochs from one selection to the next (Algorithm 1: 10); 0 selects once (Table 4's non-dynamic variant)
         ranking: criticality (Algorithm 1, line 9), or one of its controls: random (Table 5) or lowest
         batch: training images that the criticality is measured on
@@ -45,12 +49,12 @@ class Critical:
     learning_rate: Literal["continue", "restart"] = "continue"
 
     def __post_init__(self) -> None:
+        check_fields(self, "critical.")
         if self.every < 0:
             raise InputError(f"critical.every is {self.every}; give epochs between selections, or 0 to select once.")
         if self.batch < 1:
             raise InputError(f"critical.batch is {self.batch}; the criticality needs at least one image.")
-        if not self.k > 0:
-            raise InputError(f"critical.k is {self.k}; give a number of layers, or a share between 0 and 1.")
+        check_k(self.k, "critical.k")
 
     def due(self, epoch: int) -> bool:
         """Algorithm 1, line 3: epochs 1, 11, 21, ... for every 10."""
@@ -59,24 +63,28 @@ class Critical:
     def select(
         self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
     ) -> Selection:
-        """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,)."""
+        """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,).
+
+        Raises:
+            InputError: more layers than can be selected, or a batch that is none
+        """
         x_adv = attack_output(model, x, y, threat)
         scores = criticality(model, x, x_adv, norm=self.norm, at=self.at)
-        names = self._order(ranked(scores, head=self.head), seed + epoch)
-        chosen = names[: layer_count(self.k, len(names))]
+        names = self._order(model, ranked(scores, head=self.head), seed + epoch)
+        selected = names[: layer_count(self.k, len(names))]
+        chosen = with_tied(model, selected, (score.name for score in scores))
         own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}
         trained = [*chosen, *sorted(own)] if self.norm_affine else chosen
-        prefixes = tuple(name + "." for name in trained)
         return Selection(
             epoch=epoch,
             layers=tuple(chosen),
-            trainable=tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes)),
+            trainable=parameters_of(model, trained),
             training=moving_norms(model, self.norm_statistics, own),
             scores=tuple(scores),
         )
 
-    def _order(self, candidates: list[LayerScore], seed: int) -> list[str]:
-        names = list(dict.fromkeys(score.name for score in candidates))
+    def _order(self, model: nn.Module, candidates: list[LayerScore], seed: int) -> list[str]:
+        names = selectable(model, dict.fromkeys(score.name for score in candidates))
         if self.ranking == "random":
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
             return [names[i] for i in order]

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clat.checks import check_fields
 from clat.criticality import LayerScore, attack_output
 from clat.errors import InputError
-from clat.layers import logits, trace
+from clat.layers import layer_modules, logits, trace
 from clat.threat import Images, Labels, Threat, held
-from clat.tuners.selection import Selection, moving_norms
+from clat.tuners.selection import Selection, moving_norms, selectable, with_tied
 
 Batches = Sequence[tuple[Images, Labels]]
 State = Mapping[str, Tensor]  # dotted name -> parameter or buffer
@@ -54,6 +55,7 @@ class Rift:
     learning_rate: ClassVar[Literal["continue", "restart"]] = "continue"
 
     def __post_init__(self) -> None:
+        check_fields(self, "rift.")
         for key in ("batch", "passes", "step_images"):
             if getattr(self, key) < 1:
                 raise InputError(f"rift.{key} is {getattr(self, key)}; it must be 1 or more.")
@@ -71,6 +73,10 @@ class Rift:
     ) -> Selection:
         """The layer of the lowest MRC on images x (batch, channel, height, width) with labels y (batch,)."""
         calls = {call.name: call for call in trace(model, x[:1]) if isinstance(call.module, (nn.Conv2d, nn.Linear))}
+        calls = {name: call for name, call in calls.items() if "weight" in dict(call.module.named_parameters())}
+        if not calls:
+            raise InputError("The network has no 2-d convolution or linear layer with a plain weight to fine-tune.")
+        calls = {name: calls[name] for name in selectable(model, calls)}
         batches = [
             (attack_output(model, clean, labels, threat), labels)
             for clean, labels in zip(x.split(self.step_images), y.split(self.step_images), strict=True)
@@ -81,11 +87,11 @@ class Rift:
             worst = worst_risk(model, f"{name}.weight", batches, radius=self.radius, passes=self.passes, step=self.step)
             scores.append(LayerScore(name, call.index, worst, worst - start, call.parameters))
         chosen = min(scores, key=lambda score: score.criticality).name
-        norm = calls[chosen].norm
+        norm, weight = calls[chosen].norm, calls[chosen].module.weight
         return Selection(
             epoch=epoch,
-            layers=(chosen,),
-            trainable=(f"{chosen}.weight",),
+            layers=tuple(with_tied(model, [chosen], layer_modules(model))),
+            trainable=tuple(name for name, parameter in model.named_parameters() if parameter is weight),
             training=moving_norms(model, self.norm_statistics, {norm} if norm else set()),
             scores=tuple(scores),
         )
@@ -125,7 +131,7 @@ def worst_risk(model: nn.Module, name: str, batches: Batches, *, radius: float, 
     Raises:
         InputError: the ascent left the finite numbers
     """
-    theta = dict(model.named_parameters())[name].detach()
+    theta = model.get_parameter(name).detach()
     largest = radius * theta.norm()
     moved, worst = theta, risk(model, batches)
     for _ in range(passes):

@@ -1,6 +1,7 @@
 """What trains, as a value: recorded in the run folder, applied to the network, checked after every epoch."""
 
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -8,7 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from clat.criticality import LayerScore
+from clat.errors import InputError
 from clat.layers import NORM_TYPES
+
+FROZEN = "_frozen_by_clat"  # of a module: names of its own parameters that a selection froze
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +35,25 @@ class Selection:
     scores: tuple[LayerScore, ...] = ()
 
     def apply(self, model: nn.Module) -> list[nn.Parameter]:
-        """Sets ``requires_grad`` on exactly the trainable parameters and returns these."""
-        trainable = set(self.trainable)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trainable)
-        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+        """Sets ``requires_grad`` on exactly the trainable parameters and returns these.
+
+        Raises:
+            InputError: none of the network's parameters is among them
+        """
+        named = dict(model.named_parameters())
+        trainable = {named[name] for name in self.trainable if name in named}
+        if not trainable:
+            raise InputError("The selection has no parameter of this network, so nothing would train.")
+        for module in model.modules():
+            before = vars(module).get(FROZEN, set())
+            vars(module)[FROZEN] = {
+                name
+                for name, parameter in module.named_parameters(recurse=False)
+                if parameter not in trainable and (parameter.requires_grad or name in before)
+            }
+        for parameter in named.values():
+            parameter.requires_grad_(parameter in trainable)
+        return [parameter for parameter in named.values() if parameter.requires_grad]
 
     @contextmanager
     def mode(self, model: nn.Module) -> Iterator[None]:
@@ -72,3 +90,64 @@ def moving_norms(
     if which == "all":
         return tuple(sorted(name for name, module in model.named_modules() if isinstance(module, NORM_TYPES)))
     return tuple(sorted(selected)) if which == "selected" else ()
+
+
+def frozen_before(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that whoever made the network froze; what a selection of clat froze is not among them."""
+    return {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if not parameter.requires_grad and name not in vars(module).get(FROZEN, ())
+    }
+
+
+def parameters_of(model: nn.Module, modules: Iterable[str]) -> tuple[str, ...]:
+    """Names of the parameters of the modules with these names, as the network names them, but for those frozen before.
+
+    A tied weight belongs to each module that has it and is named once, by the first.
+    """
+    frozen = frozen_before(model)
+    own = {parameter for name in modules for parameter in model.get_submodule(name).parameters()} - frozen
+    return tuple(name for name, parameter in model.named_parameters() if parameter in own)
+
+
+def weights_of(model: nn.Module, layer: str) -> set[nn.Parameter]:
+    """The weights of a layer, without its biases."""
+    return {parameter for parameter in model.get_submodule(layer).parameters() if parameter.dim() > 1}
+
+
+def selectable(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The layers that can be selected, in the order given: those whose weights were not frozen before.
+
+    Layers that share a weight are one layer; the first one stands for all.
+
+    Raises:
+        InputError: none is left
+    """
+    frozen, taken = frozen_before(model), set[nn.Parameter]()
+    kept, left_out = [], []
+    for name in names:
+        weights = weights_of(model, name)
+        if weights & frozen:
+            left_out.append(name)
+        elif not weights & taken:
+            kept.append(name)
+        taken |= weights
+    if left_out:
+        listed = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        said = f"{len(left_out)} layers are frozen already (requires_grad is False) and stay so: {listed}"
+        if not kept:
+            raise InputError(f"{said}; none is left to select, so call requires_grad_(True) on those that may train.")
+        warnings.warn(f"{said}; call requires_grad_(True) on those that may be selected.", stacklevel=3)
+    return kept
+
+
+def with_tied(model: nn.Module, layers: Iterable[str], names: Iterable[str]) -> list[str]:
+    """``layers``, each followed by those of ``names`` that share a weight with it."""
+    names = list(dict.fromkeys(names))
+    found: dict[str, None] = {}
+    for layer in layers:
+        weights = weights_of(model, layer)
+        found.update(dict.fromkeys([layer, *(name for name in names if weights & weights_of(model, name))]))
+    return list(found)

@@ -7,12 +7,12 @@ from torch import nn
 
 from clat.layers import layers
 from clat.threat import Images, Labels, Threat
-from clat.tuners.selection import Selection
+from clat.tuners.selection import Selection, parameters_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """Every parameter trains, in train mode, from the first epoch on."""
+    """Every parameter trains, in train mode, from the first epoch on; those frozen before stay frozen."""
 
     batch: ClassVar[int] = 1
     every: ClassVar[int] = 0
@@ -28,6 +28,6 @@ class Whole:
         return Selection(
             epoch=epoch,
             layers=tuple(layers(model, x[:1])),
-            trainable=tuple(name for name, _ in model.named_parameters()),
+            trainable=parameters_of(model, [""]),
             training=("",),
         )

@@ -1,0 +1,210 @@
+"""One validation for Python, recipe files and flags: values against the annotations of what takes them."""
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from clat.errors import InputError
+from clat.text import plain
+
+T = TypeVar("T")
+
+LONGEST = 60  # characters of a value in a message
+LARGEST = 2**63 - 1  # of a whole number
+LARGEST_SEED = 2**32 - 1  # a run multiplies its seed by about 10^9 and stays within 64 bits
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 as text
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: as written in Python, on one line, cut where it is long."""
+    try:
+        text = plain(repr(value))
+    except ValueError:  # a whole number of more digits than Python writes out
+        text = "a huge number"
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """The known word that is written most alike, as the end of a message: `` Did you mean sgd?`` or nothing."""
+    spelled = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(str(word)[:LONGEST].lower(), spelled, n=1)
+    return f" Did you mean {spelled[found[0]]}?" if found else ""
+
+
+def check_word(name: str, value: object, known: Iterable[str]) -> None:
+    """Raises InputError, with the nearest known word, unless the value is one of the known ones."""
+    known = list(known)
+    if not isinstance(value, str) or value not in known:
+        raise InputError(f"{name} is {shown(value)}; choose one of {', '.join(known)}.{nearest(value, known)}")
+
+
+def check_fields(block: Any, prefix: str = "") -> None:
+    """Checks the fields of a dataclass against their annotations; whole and decimal numbers become int and float.
+
+    Args:
+        prefix: what stands before a field's name in messages, such as ``threat.``
+    Raises:
+        InputError: the first field that does not fit
+    """
+    for name, annotation in annotations(type(block)).items():
+        value = getattr(block, name)
+        fitted = fit(prefix + name, value, annotation)
+        if fitted is not value:
+            object.__setattr__(block, name, fitted)
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises InputError unless the random numbers of a run can be drawn from the value."""
+    if abs(value) > LARGEST_SEED:
+        raise InputError(f"{name} is {shown(value)}; give a whole number of at most {LARGEST_SEED}.")
+
+
+def check_least(block: Any, least: float, *names: str, prefix: str = "") -> None:
+    """Raises InputError if one of these fields of a dataclass is given and below ``least``."""
+    for name in names:
+        value = getattr(block, name)
+        if value is not None and value < least:
+            raise InputError(f"{prefix}{name} is {value}; it must be {least} or more.")
+
+
+def annotations(owner: Any) -> dict[str, Any]:
+    """The annotations of a dataclass's fields, or of a function's parameters, by name."""
+    return _annotations(owner)
+
+
+@cache
+def _annotations(owner: Any) -> dict[str, Any]:
+    hints = get_type_hints(owner)
+    return {field.name: hints[field.name] for field in fields(owner)} if is_dataclass(owner) else hints
+
+
+def block_of(annotation: Any) -> type | None:
+    """The dataclass that an annotation takes, alone or optional; None if it takes none."""
+    return next((kind for kind in _kinds(annotation) if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def fit(name: str, value: Any, annotation: Any) -> Any:
+    """The value as its annotation has it. Raises InputError, naming it, if it does not fit."""
+    kinds = _kinds(annotation)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and int not in kinds and _is_whole(value):
+        _check_size(name, value)
+        return float(value)
+    for kind in kinds:
+        if kind is int and _is_whole(value):
+            _check_size(name, value)
+            return int(value)
+        if kind is float and _is_decimal(value) and math.isfinite(value):
+            return float(value)
+        if kind in (bool, str) and isinstance(value, kind):
+            return value
+        if get_origin(kind) is Literal and isinstance(value, str) and value in get_args(kind):
+            return value
+        if get_origin(kind) is tuple and isinstance(value, (tuple, list)):
+            return tuple(fit(name, entry, get_args(kind)[0]) for entry in value)
+        if get_origin(kind) is list and isinstance(value, (tuple, list)):
+            return [fit(name, entry, get_args(kind)[0]) for entry in value]
+        if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, kind):
+            return value
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if words:
+        check_word(name, value, words)
+    wanted = " or ".join(dict.fromkeys(_described(kind) for kind in kinds))
+    raise InputError(f"{name} is {shown(value)}; it must be {wanted}.")
+
+
+def build(owner: type[T], values: Any, name: str = "") -> T:
+    """A dataclass made of what a recipe file or flags give: mappings, lists, texts and numbers.
+
+    Args:
+        name: the block's own name in messages; none for the outermost
+    Raises:
+        InputError: an unknown key, a key that is missing, or a value that does not fit
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{name} is {shown(values)}; it must be {_described(owner)}.")
+    prefix = f"{name}." if name else ""
+    known = annotations(owner)
+    check_keys(values, known, name)
+    for field in fields(owner):  # type: ignore[arg-type]
+        if field.name not in values and not _has_default(field):
+            raise InputError(f"{prefix}{field.name} is missing; give it a value.")
+    return owner(**{key: _built(prefix + key, value, known[key]) for key, value in values.items()})
+
+
+def check_keys(values: Mapping[Any, Any], known: Iterable[str], name: str = "") -> None:
+    """Raises InputError, with the nearest known key, if one is unknown."""
+    for key in values:
+        if key not in known:
+            raise InputError(f"{name or 'A recipe'} has no key {shown(key)}.{nearest(key, known)}")
+
+
+def from_text(text: str, annotation: Any, parse: Any) -> Any:
+    """What a flag's text means for an annotation: itself where texts are taken, else what YAML reads in it.
+
+    Args:
+        parse: reads YAML and raises ValueError for what is none; such text stays text, and does not fit later
+    """
+    kinds = _kinds(annotation)
+    if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
+        return None if text == "null" and type(None) in kinds else text
+    try:
+        return _number(parse(text), annotation)
+    except ValueError:
+        return text
+
+
+def _built(name: str, value: Any, annotation: Any) -> Any:
+    block = block_of(annotation)
+    if block is not None and not (value is None and type(None) in _kinds(annotation)):
+        return value if isinstance(value, block) else build(block, value, name)
+    return _number(value, annotation)
+
+
+def _number(value: Any, annotation: Any) -> Any:
+    """A number that YAML took for text, such as 1e-3, as a number where one is wanted."""
+    kinds = _kinds(annotation)
+    if float in kinds and str not in kinds and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_decimal(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, Integral)
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not -LARGEST <= value <= LARGEST:
+        raise InputError(f"{name} is {shown(value)}; it must fit in 64 bits.")
+
+
+def _has_default(field: Any) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
+
+
+def _described(kind: Any) -> str:
+    """An annotation in words."""
+    plain_words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    if kind is type(None):
+        return "null"
+    if get_origin(kind) in (tuple, list):
+        return f"a list, each entry {_described(get_args(kind)[0])}"
+    if isinstance(kind, type) and is_dataclass(kind):
+        return f"a block of keys ({', '.join(annotations(kind))}), in Python {kind.__name__}(...)"
+    return plain_words.get(kind, str(kind))
