@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from clat.integrity import IntegrityError, status_since
 from clat.recipe import Recipe
 from clat.runs import Run
 from clat.tables import status_table
+from clat.text import plain
 from clat.train import train as train_model
 
 
@@ -36,6 +38,8 @@ def train(
     out: str,
     resume: bool = False,
     overwrite: bool = False,
+    device: str | None = None,
+    workers: int = 2,
 ) -> None:
     """Trains a network from random weights by a recipe.
 
@@ -45,11 +49,14 @@ def train(
         out: the run folder
         resume: continue the run in that folder after its last finished epoch
         overwrite: replace the run in that folder
+        device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given
+        workers: processes that decode images, where these do not fit into memory
     """
     dataset = data_named(data, "train")
     torch.manual_seed(recipe.seed)
     network = network_named(model, dataset)
-    _run(recipe, network, dataset, out, resume, overwrite, model)
+    keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers}
+    _run(recipe, network, dataset, out, model, keys)
 
 
 def finetune(
@@ -60,6 +67,8 @@ def finetune(
     out: str,
     resume: bool = False,
     overwrite: bool = False,
+    device: str | None = None,
+    workers: int = 2,
 ) -> None:
     """Fine-tunes a network from a checkpoint or run by a recipe.
 
@@ -69,6 +78,8 @@ def finetune(
         out: the run folder
         resume: continue the run in that folder after its last finished epoch
         overwrite: replace the run in that folder
+        device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given
+        workers: processes that decode images, where these do not fit into memory
     """
     network, facts = load_checkpoint(origin)
     dataset = data_named(data, "train")
@@ -78,7 +89,8 @@ def finetune(
             f"Warning: {origin} was trained with holdout {held.get('images')} and holdout_seed {held.get('seed')}; "
             "with others, it has seen the validation images."
         )
-    _run(recipe, network, dataset, out, resume, overwrite, str(checkpoint_path(origin)))
+    keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers}
+    _run(recipe, network, dataset, out, str(checkpoint_path(origin)), keys)
 
 
 def status(run: str, json: str | None = None) -> None:
@@ -90,7 +102,11 @@ def status(run: str, json: str | None = None) -> None:
     """
     folder = Run(Path(run))
     start, selections = folder.start, folder.selections
+    if not folder.last.exists():
+        raise folder.unusable(folder.last.name, "is missing", "the first epoch writes it")
     model, _ = load_checkpoint(folder.last)
+    if unknown := set(folder.selected) - dict(model.named_modules()).keys():
+        raise folder.unusable("selections.jsonl", f"names {plain(min(unknown))}, which is no layer of the network")
     found = status_since(model, start, selections)
     if json is not None:
         write_json(json, [asdict(layer) for layer in found])
@@ -100,10 +116,10 @@ def status(run: str, json: str | None = None) -> None:
         raise IntegrityError(f"{run} has irregular layers.")
 
 
-def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, resume: bool, overwrite: bool, origin: str) -> None:
+def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, origin: str, keys: dict[str, Any]) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{recipe.objective} x {recipe.tuner} on {data.source}, {size:,} parameters, from {origin}")
-    run = train_model(recipe, model, data, out=out, resume=resume, overwrite=overwrite, origin=origin, console=console)
+    run = train_model(recipe, model, data, out=out, origin=origin, console=console, **keys)
     best = run.result["best"]
     console.print(
         f"Best epoch {best['epoch']}: validation clean {100 * best['clean']:.1f} %, robust "
