@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import docstring_parser
@@ -11,9 +10,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from clat.errors import InputError
-from clat.files import parse_yaml, read_text
 from clat.recipe import Recipe, recipe_path
-from clat.text import plain
 
 Command = Callable[..., int | None]  # returns the exit code, 0 if None
 
@@ -21,9 +18,9 @@ USAGE = {
     "demo": "[--out DIR] [--resume] [--overwrite]",
     "layers": "MODEL_OR_CHECKPOINT --data DATA [--batch 100] [--json FILE] [--key value ...]",
     "train": "RECIPE --model MODEL --data DATA --out RUN [--protocol NAME] [--scale small] [--resume] "
-    "[--overwrite] [--device DEVICE] [--key value ...]",
+    "[--overwrite] [--key value ...]",
     "finetune": "RECIPE --from CHECKPOINT_OR_RUN --data DATA --out RUN [--scale small] [--resume] [--overwrite] "
-    "[--device DEVICE] [--key value ...]",
+    "[--key value ...]",
     "evaluate": "CHECKPOINT_OR_RUN --data DATA [--tier quick|standard|full] [--eps 8/255] [--limit N] [--repeats N] "
     "[--json FILE] [--key value ...]",
     "transfer": "NETWORK NETWORK [...] --data DATA [--attack pgd|activation] [--layer NAME] [--json FILE] "
@@ -118,27 +115,17 @@ def _recipe_as_config(arguments: list[str]) -> list[str]:
         for flag, equals, value in [argument.partition("=")]
     ]
     if len(spelled) > 1 and spelled[0] in RECIPE_COMMANDS and not spelled[1].startswith("-"):
-        spelled = [spelled[0], "--config", str(recipe_path(spelled[1])), *_overlays(spelled[2:])]
-    if spelled[:1] and spelled[0] in RECIPE_COMMANDS:
-        for flag, value in zip(spelled, [*spelled[1:], ""], strict=True):
-            if flag == "--config" or flag.startswith("--config="):
-                _check_recipe(Path(value if flag == "--config" else flag.partition("=")[2]))
+        path = recipe_path(spelled[1])
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"The recipe {path} is not readable YAML: {error}.") from error
+        if not isinstance(content, dict):
+            raise InputError(f"The recipe {path} must hold keys and values, as recipes/clat.yaml does.")
+        return [spelled[0], "--config", str(path), *_overlays(spelled[2:])]
     if spelled[:1] and spelled[0] in RECIPE_COMMANDS and not {"--help", "-h", "--config"} & set(spelled):
         raise InputError(f"Name a recipe first: clat {spelled[0]} RECIPE ..., for example clat {spelled[0]} pgd-at.")
     return spelled
-
-
-def _check_recipe(path: Path) -> None:
-    """Raises InputError unless the file holds keys of a recipe alone: what a command writes where is said in the call."""
-    content = parse_yaml(read_text(path, "recipe"), path, "recipe")
-    if not isinstance(content, dict):
-        raise InputError(f"The recipe {path} must hold keys and values, as recipes/clat.yaml does.")
-    for key in content:
-        if str(key).split(".")[0] not in Recipe.__dataclass_fields__:
-            raise InputError(
-                f"{plain(key)} in {path} is no key of a recipe; flags such as --out, --model and --overwrite are given "
-                "in the command alone."
-            )
 
 
 def named(text: str) -> tuple[str, dict[str, Any]]:
