@@ -43,7 +43,7 @@ from clat.tuners.selection import Selection
 BEGUN = ("start.json", "environment.json", "recipe.yaml")  # in the order in which a run begins to write
 FILES = (*BEGUN, "metrics.jsonl", "selections.jsonl", "result.json", "last.safetensors", "best.safetensors")
 LOCK = ".lock"
-RECORD = re.compile(r"\.?[\w.-]+-[0-9a-f]{12}\.json(\.partial)?")  # of an evaluation
+RECORD = re.compile(r"\.?[\w.+-]+-[0-9a-f]{12}\.json(\.partial)?")  # of an evaluation
 COPY = "put it back from a copy, or train the run anew"
 
 Content = TypeVar("Content")
@@ -71,11 +71,11 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        return (self.folder / "recipe.yaml").is_file()
+        return os.path.isfile(self.folder / "recipe.yaml")  # False too where there can be no such path
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "result.json").is_file()
+        return os.path.isfile(self.folder / "result.json")
 
     @property
     def epoch(self) -> int:
@@ -328,7 +328,7 @@ def _same_file(lock: int, path: Path) -> bool:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    with suppress(OSError):  # something was written
+    with suppress(OSError, ValueError):  # something was written, or there can be no such folder
         for folder in folders:
             folder.rmdir()
 

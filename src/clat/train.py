@@ -165,9 +165,7 @@ def _by_first(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
     return value
 
 
-def _settled(
-    recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accelerator, device: torch.device
-) -> Recipe:
+def _settled(recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accelerator, device: torch.device) -> Recipe:
     """The recipe with the precision and layout that its first process finds fastest; the network takes the layout."""
     size = min(len(data), max(1, recipe.batch_size // accelerator.num_processes))
     pixels, y = next(data.subset(torch.arange(size)).to(device).batches(size, workers=0))
@@ -498,7 +496,9 @@ class _Trainer:
         try:
             load_weights(run.last, self.model)
         except InputError as error:
-            raise InputError(f"{str(error).rstrip('.')}; resume the run with the network that it began with.") from error
+            raise InputError(
+                f"{str(error).rstrip('.')}; resume the run with the network that it began with."
+            ) from error
         self._restore_optimizer(epoch, selections[-1])
         _by_first(self.accelerator, lambda: self._mend(metrics))
         return metrics, selections
@@ -508,10 +508,10 @@ class _Trainer:
         path = self.run.optimizer(epoch)
         try:
             optimizer = self._take(selection)
-            unknown = set(selection.trainable) - dict(self.model.named_parameters()).keys()
-            if unknown:
+            if unknown := set(selection.trainable) - dict(self.model.named_parameters()).keys():
                 raise AttributeError(f"the network has no parameter {min(unknown)}")
-            selection.moving_buffers(self.model)
+            for name in selection.training:
+                self.model.get_submodule(name)
         except AttributeError as error:
             raise self.run.unusable("selections.jsonl", f"does not fit the network ({plain(error)})") from error
         remedy = (
@@ -548,7 +548,9 @@ class _Trainer:
             try:
                 _ = run.result
             except InputError:
-                self.console.print("  result.json is missing or damaged; written anew from metrics.jsonl", highlight=False)
+                self.console.print(
+                    "  result.json is missing or damaged; written anew from metrics.jsonl", highlight=False
+                )
 
     def _commit(self, epoch: int, metrics: list[dict[str, Any]], selections: list[Selection]) -> None:
         """Writes the epoch; it counts from the moment that ``last`` is renamed into place."""
