@@ -1,4 +1,4 @@
-"""Run folders: what is in the way, missing, damaged or full, who else trains there, and on which device and processes."""
+"""Run folders: what is in the way, missing or damaged, full disks, who else trains there, devices and processes."""
 
 import json
 import os
@@ -199,7 +199,7 @@ def _surrogate(base: Path) -> Path:
     return base / "a\udfffb"
 
 
-def _in_proc(base: Path) -> Path:
+def _in_proc(_: Path) -> Path:
     return Path("/proc/clat/run")
 
 

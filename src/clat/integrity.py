@@ -47,8 +47,8 @@ def verify(model: nn.Module, selection: Selection, before: State) -> None:
     """Compares the network with a snapshot from before training under ``selection``.
 
     Raises:
-        IntegrityError: a frozen parameter or buffer changed, the weight of a selected layer did not move, or the network
-            has other parameters or buffers than before
+        IntegrityError: a frozen parameter or buffer changed, the weight of a selected layer did not move, or a tensor
+            appeared or vanished
     """
     now = tensors(model)
     if vanished := before.keys() - now.keys():

@@ -334,7 +334,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _clear_records(folder: Path) -> None:
-    """Removes the records of evaluations, which name themselves and hold a state, and the folder if it is empty then."""
+    """Removes the records of evaluations, told by name and content, and the folder if it is empty then."""
     for path in folder.iterdir():
         if RECORD.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_record(path):
             path.unlink()
