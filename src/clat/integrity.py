@@ -47,11 +47,20 @@ def verify(model: nn.Module, selection: Selection, before: State) -> None:
     """Compares the network with a snapshot from before training under ``selection``.
 
     Raises:
-        IntegrityError: a frozen parameter or buffer changed, or the weight of a selected layer did not move
+        IntegrityError: a frozen parameter or buffer changed, the weight of a selected layer did not move, or a tensor
+            appeared or vanished
     """
+    now = tensors(model)
+    if vanished := before.keys() - now.keys():
+        raise IntegrityError(f"{min(vanished)} is gone since the last check; a network keeps its tensors in training.")
+    if appeared := now.keys() - before.keys():
+        raise IntegrityError(
+            f"{min(appeared)} has appeared since the last check; a network keeps its tensors in training (build what a "
+            "layer needs before training begins)."
+        )
     free = set(selection.trainable) | selection.moving_buffers(model)
     selected = tuple(name + "." for name in selection.layers)
-    for name, tensor in tensors(model).items():
+    for name, tensor in now.items():
         same = same_bits(tensor, before[name])
         if name not in free and not same:
             buffer = name in dict(model.named_buffers())

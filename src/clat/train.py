@@ -1,12 +1,13 @@
 """The one training loop, for pre-training and fine-tuning, any objective and any tuner, one process or several."""
 
+import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,9 +28,12 @@ from clat.optimizer import learning_rate, load_optimizer_state, make_optimizer, 
 from clat.recipe import Recipe
 from clat.runs import Run, environment
 from clat.speed import choose, in_words, layout_of, set_layout
+from clat.text import plain
 from clat.threat import Images, Labels, Threat
 from clat.tuners.convlora import adapted_layers, merge, merged_state
 from clat.tuners.selection import Selection
+
+Value = TypeVar("Value")
 
 
 def train(
@@ -40,6 +44,8 @@ def train(
     out: Path | str,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str | None = None,
+    workers: int = 2,
     origin: str | None = None,
     console: Console | None = None,
 ) -> Run:
@@ -47,45 +53,118 @@ def train(
 
     Args:
         model: takes pixels in [0, 1], returns class scores; changed in place, and ends as it was after the last epoch,
-            or as its tuner leaves it then
+            or as its tuner leaves it then, on the device that it came from. One that ``build_model`` did not make is
+            given again to resume its run, and reads its checkpoints with ``load_weights``
         data: the training split; ``recipe.holdout`` images of it are held out for validation
-        out: the run folder
+        out: the run folder; no other process may train in it meanwhile
         resume: continue the run in ``out`` after its last finished epoch, or start it if there is none; on the CPU it
             ends bit-identical to an uninterrupted one
-        overwrite: replace an existing run in ``out``
+        overwrite: replace an existing run in ``out``; only files that a run wrote are removed
+        device: where to train, e.g. cpu or cuda:1; default the fastest kind of device here, one for each process
+        workers: processes that decode images, where these do not fit into memory
         origin: where the network's weights come from, for the record
         console: where progress goes; default none
     Raises:
-        InputError: a network, data or folder that does not fit
+        InputError: a network, data, device or folder that does not fit, or a run folder that is damaged
         HealthError: the loss is not finite, the accuracy stays at chance level, or the attack does not work
         IntegrityError: a frozen tensor changed or a selected one did not
     """
-    accelerator = Accelerator(cpu=best_device() == "cpu")  # without this, torchrun on CPUs is not noticed
+    if type(workers) is not int or workers < 0:
+        raise InputError(f"workers is {workers!r}; it must be 0 or more.")
+    accelerator, place = _started(device)
     run = Run(Path(out))
-    resuming = run.claim(resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()  # every process decides before the first one writes
-    if resuming:  # with what was settled when it began
-        stored = run.recipe
-        recipe = replace(recipe, precision=stored["precision"]) if recipe.precision == "auto" else recipe
-        recipe = replace(recipe, layout=stored.get("layout", "default")) if recipe.layout == "auto" else recipe
-        _check_same_run(run, recipe, data)
-    model.to(accelerator.device)
-    check_fits(model, data, accelerator.device)
-    before = layout_of(model)
-    settled = _settled(recipe, model, data, accelerator)
-    if settled != recipe and console and accelerator.is_main_process:
-        words = in_words(accelerator.device, settled.precision, settled.layout, recipe.layout)
-        console.print(f"  {words}", highlight=False)
-    try:
-        _Trainer(settled, model, data, run, accelerator, console).fit(resuming, origin)
-    finally:
-        set_layout(model, before)
+    came_from = {tensor.device for tensor in tensors(model).values()}
+    with ExitStack() as claims:
+        claim = run.claim(resume=resume, overwrite=overwrite)
+        resuming = _by_first(accelerator, lambda: claims.enter_context(claim))
+        if resuming:  # with what was settled when it began
+            stored = run.recipe
+            recipe = replace(recipe, precision=stored["precision"]) if recipe.precision == "auto" else recipe
+            recipe = replace(recipe, layout=stored["layout"]) if recipe.layout == "auto" else recipe
+            _check_same_run(run, recipe, data)
+        model.to(place)
+        check_fits(model, data, place)
+        before = layout_of(model)
+        settled = _settled(recipe, model, data, accelerator, place)
+        if console and accelerator.is_main_process:
+            count = accelerator.num_processes
+            words = in_words(place, settled.precision, settled.layout, recipe.layout)
+            console.print(f"  {words} on {place}, {count} process{'es' if count > 1 else ''}", highlight=False)
+        try:
+            _Trainer(settled, model, data, run, accelerator, place, workers, console).fit(resuming, origin)
+        finally:
+            set_layout(model, before)
+            if len(came_from) == 1:
+                model.to(came_from.pop())
     return run
 
 
-def _settled(recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accelerator) -> Recipe:
+def _started(device: torch.device | str | None) -> tuple[Accelerator, torch.device]:
+    """The processes that a launcher started, as one, and the device of this one.
+
+    Raises:
+        InputError: the launcher was asked for more processes than it started, or there is no such device
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    alone = "RANK" not in os.environ and "LOCAL_RANK" not in os.environ
+    if alone and (asked > 1 or {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys()):
+        # accelerate launch --cpu sets an address to meet at for several processes, but starts one and gives no ranks.
+        raise InputError(
+            "The launcher was asked for several processes but started one (accelerate launch does so with --cpu); on "
+            "CPUs, start them with torchrun --nproc_per_node N -m clat ..., or ask for one and unset MASTER_ADDR."
+        )
+    wanted = None if device is None else _device(device)
+    # Without cpu=True, torchrun on CPUs is not noticed; one process needs it only where nothing else is here.
+    on_cpu = best_device() == "cpu" or (not alone and wanted is not None and wanted.type == "cpu")
+    accelerator = Accelerator(cpu=on_cpu)
+    if accelerator.num_processes < asked:
+        raise InputError(
+            f"The launcher was asked for {asked} processes, but {accelerator.num_processes} train together; start "
+            "them with torchrun --nproc_per_node N -m clat ..., or ask for one."
+        )
+    if wanted is None:
+        return accelerator, accelerator.device
+    if accelerator.num_processes == 1:
+        return accelerator, wanted
+    if wanted not in (accelerator.device, torch.device(accelerator.device.type)):
+        raise InputError(
+            f"The processes train on {accelerator.device.type}, one device each; leave --device out, or choose their "
+            "devices with the launcher."
+        )
+    return accelerator, accelerator.device
+
+
+def _device(name: torch.device | str) -> torch.device:
+    """The device of that name. Raises InputError unless a network can train on it here."""
+    try:
+        device = torch.device(name)
+        if torch.ones(1, device=device).item() != 1:
+            raise RuntimeError("it does not compute")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = plain(str(error).split("\n")[0].rstrip("."))
+        raise InputError(f"There is no device {str(name)!r} here to train on ({reason}); try cpu or cuda.") from error
+    return device
+
+
+def _by_first(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
+    """What the first process gets from an action that only it does; where it fails, all end with its sentence."""
+    if accelerator.num_processes == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except InputError as error:
+            outcome[1] = str(error)
+    value, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise InputError(failure)
+    return value
+
+
+def _settled(recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accelerator, device: torch.device) -> Recipe:
     """The recipe with the precision and layout of its first process in place of auto; the network takes the layout."""
-    pixels, _ = next(data.subset(torch.arange(min(8, len(data)))).to(accelerator.device).batches(8, workers=0))
+    pixels, _ = next(data.subset(torch.arange(min(8, len(data)))).to(device).batches(8, workers=0))
     found = [choose(model, to_unit(pixels), recipe.precision, recipe.layout)]  # on every process, so all may refuse
     precision, layout = broadcast_object_list(found)[0]
     set_layout(model, layout)
@@ -94,7 +173,10 @@ def _settled(recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accel
 
 def _check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
     wanted, stored = _plain(asdict(recipe)), run.recipe
-    changed = [key for key in wanted if wanted[key] != stored.get(key)]
+    missing = [key for key in wanted if key not in stored]
+    if missing:
+        raise run.unusable("recipe.yaml", f"is damaged (it lacks {', '.join(missing)})")
+    changed = [key for key in wanted if wanted[key] != stored[key]]
     if changed:
         raise InputError(
             f"The run in {run.folder} was started with another {', '.join(changed)}; resume it with the same "
@@ -123,10 +205,13 @@ class _Trainer:
         data: Dataset,
         run: Run,
         accelerator: Accelerator,
+        device: torch.device,
+        workers: int,
         console: Console | None,
     ):
         self.recipe, self.model, self.given, self.run, self.accelerator = recipe, model, data, run, accelerator
-        self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
+        self.device, self.rank, self.world = device, accelerator.process_index, accelerator.num_processes
+        self.workers = workers
         if recipe.batch_size % self.world:
             raise InputError(f"batch_size {recipe.batch_size} is not a multiple of the {self.world} processes.")
         training, validation = data.hold_out(recipe.holdout, recipe.holdout_seed)
@@ -148,7 +233,7 @@ class _Trainer:
 
     def fit(self, resuming: bool, origin: str | None) -> None:
         start = snapshot(self.model)
-        if resuming and hasattr(self.tuner, "end"):
+        if resuming:
             self._check_start(start)
         if resuming and self.extra and self.run.environment["extra"]["sha256"] != self.extra.digest():
             raise InputError(
@@ -180,7 +265,8 @@ class _Trainer:
                         self._begin(origin)  # only now that all input is known to be good may an old run go
                     kept = optimizer_state(self.optimizer, self.model) if self.tuner.momentum == "keep" else {}
                     load_optimizer_state(self._take(selections[-1]), self.model, kept)
-                    before = {**snapshot(self.model), **before}  # what the tuner added is new
+                    # What the tuner added is new, and what it took away is no longer there.
+                    before = {name: before.get(name, tensor) for name, tensor in snapshot(self.model).items()}
                 progress.update(task, description=f"epoch {epoch}/{recipe.epochs}")
                 losses = self._epoch(epoch, lambda: progress.advance(task))
                 assert self.selection is not None
@@ -292,7 +378,7 @@ class _Trainer:
     def _in_batches(self, data: Dataset, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the order, cut into the epoch's steps."""
         part = order.view(self.steps, -1)[:, self.rank :: self.world]
-        return data.batches(part.shape[1], order=part.reshape(-1))
+        return data.batches(part.shape[1], order=part.reshape(-1), workers=self.workers)
 
     def _learning_rate(self, epoch: int, step: int) -> float:
         return learning_rate(self.recipe, epoch, step, self.steps, self.selection.epoch if self.selection else 1)
@@ -374,12 +460,14 @@ class _Trainer:
 
     def _begin(self, origin: str | None) -> None:
         run, device = self.run, self.device
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             run.clear()
             run.write("start.json", {name: fingerprint(tensor) for name, tensor in tensors(self.model).items()})
             run.write("environment.json", {**self._facts(origin), **environment(device, self.world)})
             run.write("recipe.yaml", _plain(asdict(self.recipe)))  # last: from here on the folder is a run
-        self.accelerator.wait_for_everyone()
+
+        _by_first(self.accelerator, write)
 
     def _facts(self, origin: str | None) -> dict[str, Any]:
         data = self.given
@@ -393,45 +481,95 @@ class _Trainer:
 
     def _restore(self) -> tuple[list[dict[str, Any]], list[Selection]]:
         """Metrics and selections up to the last committed epoch, with network and optimizer as they were then."""
-        epoch = self.run.epoch
-        selections = [selection for selection in self.run.selections if selection.epoch <= epoch]
-        if epoch:
-            load_weights(self.run.last, self.model)
-            optimizer = self._take(selections[-1])
-            stored, facts = load_tensors(self.run.optimizer(epoch))
+        run = self.run
+        metrics, selections = run.progress()
+        epoch = len(metrics)
+        if not epoch:
+            return [], []
+        due = [earlier for earlier in range(1, epoch + 1) if self.tuner.due(earlier)]
+        if (made := [selection.epoch for selection in selections]) != due:
+            raise run.unusable("selections.jsonl", f"holds the selections of epochs {made} and not those of {due}")
+        try:
+            load_weights(run.last, self.model)
+        except InputError as error:
+            raise InputError(
+                f"{str(error).rstrip('.')}; resume the run with the network that it began with."
+            ) from error
+        self._restore_optimizer(epoch, selections[-1])
+        _by_first(self.accelerator, lambda: self._mend(metrics))
+        return metrics, selections
+
+    def _restore_optimizer(self, epoch: int, selection: Selection) -> None:
+        """What trains and with which optimizer, average and adapters, as after that epoch."""
+        path = self.run.optimizer(epoch)
+        try:
+            optimizer = self._take(selection)
+            if unknown := set(selection.trainable) - dict(self.model.named_parameters()).keys():
+                raise AttributeError(f"the network has no parameter {min(unknown)}")
+            for name in selection.training:
+                self.model.get_submodule(name)
+        except AttributeError as error:
+            raise self.run.unusable("selections.jsonl", f"does not fit the network ({plain(error)})") from error
+        remedy = (
+            f"{self.run.last.name} holds the weights of epoch {epoch} and is intact: start from it with clat finetune "
+            f"RECIPE --from {plain(self.run.last)} --out ANOTHER, or put {path.name} back from a copy"
+        )
+        if not path.exists():
+            raise self.run.unusable(path.name, "is missing", remedy)
+        try:
+            stored, facts = load_tensors(path)
             state = {kind: _section(stored, kind) for kind in ("optimizer", "average", "network")}
             load_optimizer_state(optimizer, self.model, state["optimizer"])
-            self.averaged.count = facts["averaged"]
+            self.averaged.count = int(facts["averaged"])
             self.averaged.tensors = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
             if state["network"]:
                 self.model.load_state_dict(state["network"])
-        metrics = [entry for entry in self.run.metrics if entry["epoch"] <= epoch]
-        if metrics and self._best(metrics) == epoch and self.accelerator.is_main_process:
-            # Killed between the two checkpoints, perhaps.
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = plain(" ".join(str(error).split())[:300]).rstrip(".")
+            raise self.run.unusable(path.name, f"is damaged ({reason})", remedy) from error
+
+    def _mend(self, metrics: list[dict[str, Any]]) -> None:
+        """Writes what can be had from the other files anew: the best checkpoint if it is the last, and the result."""
+        run, best = self.run, self._best(metrics)
+        try:
+            held, why = run.epoch_of(run.best), "holds another epoch"
+        except InputError:
+            held, why = None, "is damaged" if run.best.exists() else "is missing"
+        if held != best:
+            if best != len(metrics):
+                raise run.unusable(run.best.name, f"{why}, and epoch {best} is the best by metrics.jsonl")
             self._save_best(metrics[-1])
-        return metrics, selections
+            self.console.print(f"  best.safetensors {why}; written anew from epoch {best}", highlight=False)
+        if len(metrics) == self.recipe.epochs:
+            try:
+                _ = run.result
+            except InputError:
+                self.console.print(
+                    "  result.json is missing or damaged; written anew from metrics.jsonl", highlight=False
+                )
 
     def _commit(self, epoch: int, metrics: list[dict[str, Any]], selections: list[Selection]) -> None:
         """Writes the epoch; it counts from the moment that ``last`` is renamed into place."""
-        if self.accelerator.is_main_process:
-            # While the network is adapted, ``last`` holds it merged, and it is stored as it is with the optimizer.
-            network = self.model.state_dict() if adapted_layers(self.model) else {}
-            sections = {
-                "optimizer": optimizer_state(self.optimizer, self.model),
-                "average": self.averaged.tensors,
-                "network": network,
-            }
-            stored = {f"{kind}/{name}": tensor for kind, part in sections.items() for name, tensor in part.items()}
-            save_tensors(self.run.optimizer(epoch), stored, epoch=epoch, averaged=self.averaged.count)
-            self.run.write("selections.jsonl", [selection.to_json() for selection in selections])
-            self.run.write("metrics.jsonl", metrics)
-            self._save(self.run.last, metrics[-1])
-            if self._best(metrics) == epoch:
-                self._save_best(metrics[-1])
-            for path in self.run.folder.glob("optimizer-*.safetensors"):
-                if path != self.run.optimizer(epoch):
-                    path.unlink()
-        self.accelerator.wait_for_everyone()
+        _by_first(self.accelerator, lambda: self._write(epoch, metrics, selections))
+
+    def _write(self, epoch: int, metrics: list[dict[str, Any]], selections: list[Selection]) -> None:
+        # While the network is adapted, ``last`` holds it merged, and it is stored as it is with the optimizer.
+        network = self.model.state_dict() if adapted_layers(self.model) else {}
+        sections = {
+            "optimizer": optimizer_state(self.optimizer, self.model),
+            "average": self.averaged.tensors,
+            "network": network,
+        }
+        stored = {f"{kind}/{name}": tensor for kind, part in sections.items() for name, tensor in part.items()}
+        save_tensors(self.run.optimizer(epoch), stored, epoch=epoch, averaged=self.averaged.count)
+        self.run.write("selections.jsonl", [selection.to_json() for selection in selections])
+        self.run.write("metrics.jsonl", metrics)
+        self._save(self.run.last, metrics[-1])
+        if self._best(metrics) == epoch:
+            self._save_best(metrics[-1])
+        for path in self.run.folder.glob("optimizer-*.safetensors"):
+            if path != self.run.optimizer(epoch):
+                path.unlink()
 
     def _save_best(self, entry: dict[str, Any]) -> None:
         with self.averaged.swapped_in():
@@ -453,11 +591,17 @@ class _Trainer:
     # The end
 
     def _check_start(self, start: State) -> None:
-        """A tuner's end needs the network that the run began with, and the run folder has only its fingerprints."""
-        if {name: fingerprint(tensor) for name, tensor in start.items()} != self.run.start:
-            raise InputError(
-                f"The run in {self.run.folder} began with other weights; resume it from the network that it began with."
-            )
+        """The run folder has fingerprints of the network that it began with, and a tuner's end needs that network."""
+        began = self.run.start
+        if began.keys() != start.keys():
+            other = "another network"
+        elif hasattr(self.tuner, "end") and {name: fingerprint(tensor) for name, tensor in start.items()} != began:
+            other = "other weights"
+        else:
+            return
+        raise InputError(
+            f"The run in {self.run.folder} began with {other}; resume it from the network that it began with."
+        )
 
     def _end(self, start: State, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """What the tuner makes of the best network, its facts stored with it; a killed run that had it keeps it."""
@@ -469,9 +613,9 @@ class _Trainer:
         self.accelerator.wait_for_everyone()  # every process has read it before the first one writes
         if "end" not in facts:
             facts["end"] = end(self.model, start, lambda: self._accuracy()[:2])
-            if self.accelerator.is_main_process:
-                entry = next(entry for entry in metrics if entry["epoch"] == facts["epoch"])
-                self._save(self.run.best, {**entry, **facts["end"]}, end=facts["end"])
+            entry = next(entry for entry in metrics if entry["epoch"] == facts["epoch"])
+            best = {**entry, **facts["end"]}
+            _by_first(self.accelerator, lambda: self._save(self.run.best, best, end=facts["end"]))
         return facts["end"]
 
     def _best(self, metrics: list[dict[str, Any]]) -> int:
@@ -488,22 +632,18 @@ class _Trainer:
     def _finish(self, metrics: list[dict[str, Any]], overfitted: int | None, end: dict[str, Any]) -> None:
         best = next(entry for entry in metrics if entry["epoch"] == self._best(metrics))
         best = {**best, **{key: end[key] for key in ("clean", "robust") if key in end}}
-        if self.accelerator.is_main_process:
-            self.run.write(
-                "result.json",
-                {
-                    "epochs": len(metrics),
-                    "overfitted": overfitted,  # the epoch that ended the run early and was dropped, if one did
-                    "best": best,
-                    **({"end": end} if end else {}),
-                    "last": metrics[-1],
-                    "robust_gap": best["robust"] - metrics[-1]["robust"],
-                    "seconds": round(sum(entry["seconds"] for entry in metrics), 3),
-                    "trainable": max(entry["trainable"] for entry in metrics),
-                    "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-                },
-            )
-        self.accelerator.wait_for_everyone()
+        result = {
+            "epochs": len(metrics),
+            "overfitted": overfitted,  # the epoch that ended the run early and was dropped, if one did
+            "best": best,
+            **({"end": end} if end else {}),
+            "last": metrics[-1],
+            "robust_gap": best["robust"] - metrics[-1]["robust"],
+            "seconds": round(sum(entry["seconds"] for entry in metrics), 3),
+            "trainable": max(entry["trainable"] for entry in metrics),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+        }
+        _by_first(self.accelerator, lambda: self.run.write("result.json", result))
 
 
 def _section(stored: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

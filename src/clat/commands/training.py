@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from clat.models import normalisation_of
 from clat.recipe import Recipe
 from clat.runs import Run
 from clat.tables import status_table
+from clat.text import plain
 from clat.train import train as train_model
 
 
@@ -37,6 +39,8 @@ def train(
     out: str,
     resume: bool = False,
     overwrite: bool = False,
+    device: str | None = None,
+    workers: int = 2,
 ) -> None:
     """Trains a network from random weights by a recipe.
 
@@ -47,11 +51,14 @@ def train(
         out: the run folder
         resume: continue the run in that folder after its last finished epoch
         overwrite: replace the run in that folder
+        device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given
+        workers: processes that decode images, where these do not fit into memory
     """
     dataset = data_named(data, "train")
     torch.manual_seed(recipe.seed)
     network = network_named(model, dataset)
-    _run(recipe, network, dataset, out, resume, overwrite, model)
+    keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers}
+    _run(recipe, network, dataset, out, model, keys)
 
 
 def finetune(
@@ -63,6 +70,8 @@ def finetune(
     model: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    device: str | None = None,
+    workers: int = 2,
 ) -> None:
     """Fine-tunes a network from a checkpoint or run by a recipe.
 
@@ -73,6 +82,8 @@ def finetune(
         model: the network of the weights where these may not or do not say it, such as your file.py:factory
         resume: continue the run in that folder after its last finished epoch
         overwrite: replace the run in that folder
+        device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given
+        workers: processes that decode images, where these do not fit into memory
     """
     network, facts = checkpoint_named(origin, model)
     dataset = data_named(data, "train")
@@ -82,7 +93,8 @@ def finetune(
             f"Warning: {origin} was trained with holdout {held.get('images')} and holdout_seed {held.get('seed')}; "
             "with others, it has seen the validation images."
         )
-    _run(recipe, network, dataset, out, resume, overwrite, str(checkpoint_path(origin)))
+    keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers}
+    _run(recipe, network, dataset, out, str(checkpoint_path(origin)), keys)
 
 
 def status(run: str, json: str | None = None) -> None:
@@ -94,7 +106,11 @@ def status(run: str, json: str | None = None) -> None:
     """
     folder = Run(Path(run))
     start, selections = folder.start, folder.selections
+    if not folder.last.exists():
+        raise folder.unusable(folder.last.name, "is missing", "the first epoch writes it")
     model, _ = load_checkpoint(folder.last)
+    if unknown := set(folder.selected) - dict(model.named_modules()).keys():
+        raise folder.unusable("selections.jsonl", f"names {plain(min(unknown))}, which is no layer of the network")
     found = status_since(model, start, selections)
     if json is not None:
         write_json(json, [asdict(layer) for layer in found])
@@ -104,11 +120,11 @@ def status(run: str, json: str | None = None) -> None:
         raise IntegrityError(f"{run} has irregular layers.")
 
 
-def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, resume: bool, overwrite: bool, origin: str) -> None:
+def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, origin: str, keys: dict[str, Any]) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{recipe.objective} x {recipe.tuner} on {data.source}, {size:,} parameters, from {origin}")
     console.print(f"Normalisation: {normalisation_of(model)}", markup=False, highlight=False)
-    run = train_model(recipe, model, data, out=out, resume=resume, overwrite=overwrite, origin=origin, console=console)
+    run = train_model(recipe, model, data, out=out, origin=origin, console=console, **keys)
     best = run.result["best"]
     console.print(
         f"Best epoch {best['epoch']}: validation clean {100 * best['clean']:.1f} %, robust "
