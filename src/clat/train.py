@@ -27,6 +27,7 @@ from clat.optimizer import learning_rate, load_optimizer_state, make_optimizer, 
 from clat.recipe import Recipe
 from clat.runs import Run, environment
 from clat.speed import choose, layout_of, set_layout
+from clat.text import plain
 from clat.threat import Images, Labels, Threat
 from clat.tuners.convlora import adapted_layers, merge, merged_state
 from clat.tuners.selection import Selection
@@ -135,7 +136,7 @@ class _Trainer:
             training = training.subset(order[: recipe.images].sort().values)
         self.data = training.to(self.device)
         self.validation = validation.subset(torch.arange(self.rank, len(validation), self.world)).to(self.device)
-        self.classes = len(data.classes)
+        self.classes, self.identity = len(data.classes), data.identity()
         self.objective, self.tuner = recipe.make_objective(), recipe.make_tuner()
         self.selection: Selection | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -145,6 +146,8 @@ class _Trainer:
         self.size = min(recipe.batch_size, len(self.data))
         self.extra_size = recipe.extra.count(self.size, self.world) if recipe.extra else 0
         self.extra = recipe.extra.load(training, self.device) if recipe.extra else None
+        for note in self.extra.notes if self.extra else ():
+            self.console.print(f"  {plain(note)}", markup=False, highlight=False)
 
     def fit(self, resuming: bool, origin: str | None) -> None:
         start = snapshot(self.model)
@@ -444,7 +447,7 @@ class _Trainer:
             merged_state(self.model),
             epoch=entry["epoch"],
             validation={key: entry[key] for key in ("clean", "robust", "validation_images")},
-            data={"source": self.data.source, "classes": self.data.classes, "shape": self.data.shape},
+            data={**self.identity, "classes": self.data.classes, "shape": self.data.shape},
             holdout={"images": self.recipe.holdout, "seed": self.recipe.holdout_seed},
             selected=list(self.selection.layers) if self.selection and self.recipe.tuner != "whole" else None,
             **facts,

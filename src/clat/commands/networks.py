@@ -7,7 +7,16 @@ import torch
 
 from clat.attacks import pgd
 from clat.checkpoint import save_checkpoint
-from clat.commands.shared import console, data_named, model_options, network_named, numbers, write_json
+from clat.commands.shared import (
+    console,
+    data_named,
+    fitting,
+    model_options,
+    network_named,
+    numbers,
+    stored_facts,
+    write_json,
+)
 from clat.criticality import Norm, attack_output, criticality
 from clat.data import EMBEDDED, to_unit
 from clat.errors import InputError
@@ -44,7 +53,7 @@ def layers(
         seed: draws the images and the attack's start
         json: write the table to this file, or to standard output if it is -
     """
-    dataset = data_named(data, split)
+    dataset = fitting(data_named(data, split), stored_facts(network), network, unseen=False)
     model = network_named(network, dataset)
     device = best_device()
     model.to(device)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch import nn
 
 from clat.arguments import named
 from clat.checkpoint import load_checkpoint
-from clat.data import Dataset, load_data
+from clat.data import OPTIONS, Dataset, load_data, trained_on
 from clat.errors import InputError
 from clat.files import write_text
 from clat.models import build_model
+from clat.text import plain
 from clat.threat import fraction
 
 _first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launch or torchrun started
 console = Console(quiet=not _first, width=None if sys.stdout.isatty() else 120)
+notices = Console(quiet=not _first, stderr=True)
 
 
 def network_named(name: str, data: Dataset) -> nn.Module:
@@ -31,12 +34,47 @@ def network_named(name: str, data: Dataset) -> nn.Module:
 
 
 def data_named(text: str, split: str) -> Dataset:
-    """A split of the data named with its options after commas, e.g. ``photos,size=64``."""
+    """A split of the data named with its options after commas, e.g. ``photos,size=64``. Says what was assumed."""
     source, options = named(text)
-    try:
-        return load_data(source, split, **options)
-    except TypeError as error:
-        raise InputError(f"Data options are size, image and label; got {text!r}.") from error
+    if unknown := [key for key in options if key not in OPTIONS]:
+        raise InputError(f"Data options are {', '.join(OPTIONS)}; got {plain(', '.join(unknown))} in {plain(text)!r}.")
+    data = load_data(source, split, **options)
+    _notice(data.notes)
+    return data
+
+
+def fitting(data: Dataset, facts: Mapping[str, Any], network: str, *, unseen: bool = True) -> Dataset:
+    """The data with its classes in the order of those that a checkpoint's network was trained on. Says what it did.
+
+    Args:
+        facts: what is stored with the checkpoint
+        network: its name, for the sentences
+        unseen: warn if the network was trained on these images
+    Raises:
+        InputError: other classes
+    """
+    known = trained_on(facts)
+    matched = data.with_classes(known.get("classes", data.classes), network)
+    _notice(matched.notes[len(data.notes) :])
+    if unseen and (share := matched.share_seen(known)) > 0:
+        which = (
+            "These are images"
+            if share == 1
+            else f"About {max(1, round(100 * share))} % of these images are among those"
+        )
+        _notice([f"Warning: {which} that {plain(network)} was trained on; what is measured on them is no test."])
+    return matched
+
+
+def stored_facts(network: str) -> dict[str, Any]:
+    """The facts stored with the checkpoint or run of that name; none if it is the name of a new network."""
+    return load_checkpoint(network)[1] if Path(network).exists() else {}
+
+
+def _notice(sentences: Iterable[str]) -> None:
+    """On standard error, so that a result on standard output stays whole."""
+    for sentence in sentences:
+        notices.print(plain(sentence), markup=False, highlight=False, soft_wrap=True)
 
 
 def model_options(text: str) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from clat import demo as demonstration
 from clat.checkpoint import checkpoint_path, load_checkpoint
-from clat.commands.shared import console, data_named, network_named, write_json
+from clat.commands.shared import console, data_named, fitting, network_named, write_json
 from clat.data import Dataset
 from clat.integrity import IntegrityError, status_since
 from clat.recipe import Recipe
@@ -71,7 +71,7 @@ def finetune(
         overwrite: replace the run in that folder
     """
     network, facts = load_checkpoint(origin)
-    dataset = data_named(data, "train")
+    dataset = fitting(data_named(data, "train"), facts, origin, unseen=False)
     held = facts.get("holdout", {})
     if facts.get("data", {}).get("source") == data and held != {"images": recipe.holdout, "seed": recipe.holdout_seed}:
         console.print(
