@@ -207,7 +207,7 @@ def _check(pixels: Any, labels: Any, classes: Sequence[str]) -> None:
     if labels.device.type != "meta" and not (labels.min() >= 0 and labels.max() < len(classes)):
         found = sorted(set(labels.tolist()))
         raise InputError(
-            f"Labels are {shortened(found)}, but must lie in 0...{len(classes) - 1}, as there are {len(classes)} classes; "
+            f"Labels are {shortened(found)}, but must lie in 0...{len(classes) - 1}, with {len(classes)} classes; "
             f"number them {shortened(f'{value} -> {place}' for place, value in enumerate(found))}, or name every class."
         )
 

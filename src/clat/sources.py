@@ -38,8 +38,8 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls", "y"
 class Splits:
     """The tables at a source by the names of their splits.
 
-    nature: named, if the source says which is which; unnamed, if it is one table and does not say of what; to divide, if
-    it is one table that is by custom for training and testing
+    nature: named, if the source says which is which; unnamed, if it is one table and does not say of what; to divide,
+    if it is one table that is by custom for training and testing
     """
 
     source: str
