@@ -34,7 +34,7 @@ def network(classes: int = 3) -> nn.Module:
 
 @pytest.fixture
 def folder(tmp_path):
-    """30 grey images in three classes, the brightness telling which, and blobs' classes in another order: 252 - label."""
+    """30 grey images in three classes, of brightness 252 less their label among those of blobs."""
     for label, name in enumerate(("bottom", "middle", "top")):
         (tmp_path / "extra/train" / name).mkdir(parents=True)
         for i in range(10):

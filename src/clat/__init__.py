@@ -1,5 +1,6 @@
 """Criticality-Leveraged Adversarial Training (arXiv 2408.10204): find a network's critical layers, train only these."""
 
+from clat.arrays import as_dataset
 from clat.awp import Awp
 from clat.criticality import LayerScore, attack_output, criticality, top
 from clat.data import Dataset, load_data
@@ -51,6 +52,7 @@ __all__ = [
     "Tuner",
     "Verdict",
     "Whole",
+    "as_dataset",
     "ascend",
     "attack_output",
     "build_model",
