@@ -34,7 +34,7 @@ def network(classes: int = 3) -> nn.Module:
 
 @pytest.fixture
 def folder(tmp_path):
-    """30 grey images in three classes, the brightness telling which: 250, 251, 252."""
+    """30 grey images in three classes, of brightness 252 less their label among those of blobs."""
     for label, name in enumerate(("bottom", "middle", "top")):
         (tmp_path / "extra/train" / name).mkdir(parents=True)
         for i in range(10):
@@ -55,7 +55,7 @@ def test_each_batch_has_its_share_with_its_labels(share, count, folder, blobs, t
         extra = pixels[:, 0, 0, 0] >= 250
         assert len(y) == 60
         assert int(extra.sum()) == count
-        assert torch.equal(y[extra], pixels[extra][:, 0, 0, 0].long() - 250)
+        assert torch.equal(y[extra], 252 - pixels[extra][:, 0, 0, 0].long())
     own = torch.cat([pixels[pixels[:, 0, 0, 0] < 250] for pixels, _ in first])
     assert len({bytes(image.numpy()) for image in own}) == len(own)  # none twice in an epoch
     assert not torch.equal(first[0][0], second[0][0])
@@ -95,6 +95,12 @@ def test_what_does_not_fit_is_refused(folder, blobs):
         Extra(source=folder, share=0.001).count(60)
     with pytest.raises(InputError, match=r"1x8x8.*extra\.size"):
         Extra(source=folder, size=8).load(blobs, torch.device("cpu"))
+    renamed = replace(blobs, classes=("up", "middle", "down"))
+    with pytest.raises(InputError, match=r"classes of .* are bottom, top, middle, those of blobs up, down, middle"):
+        Extra(source=folder).load(renamed, torch.device("cpu"))
+    for source in ("", "./nowhere", "a\0b"):
+        with pytest.raises(InputError, match=r"no file or folder|No data"):
+            Extra(source=source).load(blobs, torch.device("cpu"))
     two = replace(blobs, labels=blobs.labels % 2, classes=("even", "odd"))
     with pytest.raises(InputError, match=r"3 classes.*2; set extra\.labels"):
         Extra(source=folder).load(two, torch.device("cpu"))

@@ -223,7 +223,7 @@ def test_an_attack_in_bf16_keeps_no_more_tensors_than_in_fp32_and_half_the_bytes
     def bytes_kept(precision: str) -> int:
         kept.clear()
         x = torch.rand(4, 3, 32, 32, requires_grad=True)
-        keep = lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1]  # noqa: E731
+        keep = lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1]
         with fixed_norms(model), autocast("cpu", precision):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 F.cross_entropy(model(x), y)

@@ -42,6 +42,7 @@ __all__ = [
     "Tuner",
     "Verdict",
     "Whole",
+    "as_dataset",
     "ascend",
     "attack_output",
     "build_model",

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401 (clat/__init__.py lists what is public)
 
+from clat.arrays import as_dataset
 from clat.awp import Awp
 from clat.checkpoint import export_weights, load_checkpoint, save_checkpoint
 from clat.criticality import LayerScore, attack_output, criticality, top

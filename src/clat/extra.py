@@ -6,7 +6,7 @@ import torch
 
 from clat.checkpoint import load_checkpoint
 from clat.checks import check_fields
-from clat.data import Dataset, load_data, to_unit
+from clat.data import Dataset, load_data, to_unit, trained_on
 from clat.errors import InputError
 from clat.evaluate import check_fits, predict
 
@@ -51,9 +51,11 @@ class Extra:
         """The images with labels of ``like``'s classes, on the device.
 
         Raises:
-            InputError: images of another size or other classes than ``like``'s, or a checkpoint that does not fit
+            InputError: nothing at the source, images of another size or other classes than ``like``'s, or a checkpoint
+                that does not fit
         """
-        data = load_data(self.source, "train", size=self.size, labelled=self.labels == "given").to(device)
+        labelled = self.labels == "given"
+        data = load_data(self.source, "train", size=self.size, labelled=labelled, holds="train").to(device)
         if data.shape != like.shape:
             sizes = ["x".join(map(str, shape)) for shape in (data.shape, like.shape)]
             raise InputError(
@@ -61,16 +63,17 @@ class Extra:
                 "to that edge, or choose images with as many channels."
             )
         if self.labels != "given":
-            return self._pseudo_labelled(replace(data, classes=like.classes), device)
+            return self._pseudo_labelled(data, like, device)
         if len(data.classes) != len(like.classes):
             raise InputError(
                 f"{self.source} has {len(data.classes)} classes and {like.source} has {len(like.classes)}; set "
                 "extra.labels to a checkpoint that labels the extra images."
             )
-        return replace(data, classes=like.classes)
+        return data.with_classes(like.classes, like.source)
 
-    def _pseudo_labelled(self, data: Dataset, device: torch.device) -> Dataset:
-        model, _ = load_checkpoint(self.labels)
+    def _pseudo_labelled(self, data: Dataset, like: Dataset, device: torch.device) -> Dataset:
+        model, facts = load_checkpoint(self.labels)
+        data = replace(data, classes=trained_on(facts).get("classes", like.classes))
         check_fits(model.to(device), data, device)
         labels = [predict(model, to_unit(pixels).to(device)) for pixels, _ in data.batches(250)]
-        return replace(data, labels=torch.cat(labels))
+        return replace(data, labels=torch.cat(labels)).with_classes(like.classes, like.source)

@@ -85,7 +85,7 @@ def train(
         model.to(place)
         check_fits(model, data, place)
         before = layout_of(model)
-        settled = _settled(recipe, model, data, accelerator, place)
+        settled = _settled(recipe, model, data, place)
         if console and accelerator.is_main_process:
             count = accelerator.num_processes
             words = in_words(place, settled.precision, settled.layout, recipe.layout)
@@ -162,7 +162,7 @@ def _by_first(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
     return value
 
 
-def _settled(recipe: Recipe, model: nn.Module, data: Dataset, accelerator: Accelerator, device: torch.device) -> Recipe:
+def _settled(recipe: Recipe, model: nn.Module, data: Dataset, device: torch.device) -> Recipe:
     """The recipe with the precision and layout of its first process in place of auto; the network takes the layout."""
     pixels, _ = next(data.subset(torch.arange(min(8, len(data)))).to(device).batches(8, workers=0))
     found = [choose(model, to_unit(pixels), recipe.precision, recipe.layout)]  # on every process, so all may refuse
@@ -220,7 +220,7 @@ class _Trainer:
             training = training.subset(order[: recipe.images].sort().values)
         self.data = training.to(self.device)
         self.validation = validation.subset(torch.arange(self.rank, len(validation), self.world)).to(self.device)
-        self.classes = len(data.classes)
+        self.classes, self.identity = len(data.classes), data.identity()
         self.objective, self.tuner = recipe.make_objective(), recipe.make_tuner()
         self.selection: Selection | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -230,6 +230,8 @@ class _Trainer:
         self.size = min(recipe.batch_size, len(self.data))
         self.extra_size = recipe.extra.count(self.size, self.world) if recipe.extra else 0
         self.extra = recipe.extra.load(training, self.device) if recipe.extra else None
+        for note in self.extra.notes if self.extra else ():
+            self.console.print(f"  {plain(note)}", markup=False, highlight=False)
 
     def fit(self, resuming: bool, origin: str | None) -> None:
         start = snapshot(self.model)
@@ -582,7 +584,7 @@ class _Trainer:
             merged_state(self.model),
             epoch=entry["epoch"],
             validation={key: entry[key] for key in ("clean", "robust", "validation_images")},
-            data={"source": self.data.source, "classes": self.data.classes, "shape": self.data.shape},
+            data={**self.identity, "classes": self.data.classes, "shape": self.data.shape},
             holdout={"images": self.recipe.holdout, "seed": self.recipe.holdout_seed},
             selected=list(self.selection.layers) if self.selection and self.recipe.tuner != "whole" else None,
             **facts,

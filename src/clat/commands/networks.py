@@ -12,10 +12,12 @@ from clat.commands.shared import (
     data_named,
     device_named,
     exists,
+    fitting,
     is_beside_the_first,
     model_options,
     network_named,
     numbers,
+    stored_facts,
     write_json,
 )
 from clat.criticality import Norm, attack_output, criticality
@@ -62,7 +64,8 @@ def layers(
         return
     if batch < 1:
         raise InputError(f"batch is {batch}; the criticality needs at least one image.")
-    place, dataset = device_named(device), data_named(data, split)
+    place = device_named(device)
+    dataset = fitting(data_named(data, split), stored_facts(network), network, unseen=False)
     model = network_named(network, dataset).to(place)
     check_fits(model, dataset, place)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:batch]

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from clat.arguments import named
 from clat.checkpoint import checkpoint_path, is_checkpoint, load_checkpoint, load_header
-from clat.data import Dataset, load_data
+from clat.data import OPTIONS, Dataset, load_data, trained_on
 from clat.errors import InputError
 from clat.evaluate import best_device, find_device
 from clat.files import write_text
@@ -26,6 +27,7 @@ ELSEWHERE = ("timm/", "torchvision/", "transformers/")  # networks of other libr
 _first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launch or torchrun started
 # Names come from files and folders: nothing in them is markup.
 console = Console(quiet=not _first, width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
+notices = Console(quiet=not _first, stderr=True, markup=False, emoji=False)
 
 
 def is_beside_the_first() -> bool:
@@ -117,12 +119,50 @@ def _new(kind: str, options: dict[str, Any], classes: int, channels: int, data: 
 
 
 def data_named(text: str, split: str) -> Dataset:
-    """A split of the data named with its options after commas, e.g. ``photos,size=64``."""
+    """A split of the data named with its options after commas, e.g. ``photos,size=64``. Says what was assumed."""
     source, options = named(text)
-    try:
-        return load_data(source, split, **options)
-    except TypeError as error:
-        raise InputError(f"Data options are size, image and label; got {text!r}.") from error
+    if unknown := [key for key in options if key not in OPTIONS]:
+        raise InputError(f"Data options are {', '.join(OPTIONS)}; got {plain(', '.join(unknown))} in {plain(text)!r}.")
+    data = load_data(source, split, **options)
+    _notice(data.notes)
+    return data
+
+
+def fitting(data: Dataset, facts: Mapping[str, Any], network: str, *, unseen: bool = True) -> Dataset:
+    """The data with its classes in the order of those that a checkpoint's network was trained on. Says what it did.
+
+    Args:
+        facts: what is stored with the checkpoint
+        network: its name, for the sentences
+        unseen: warn if the network was trained on these images
+    Raises:
+        InputError: other classes
+    """
+    known = trained_on(facts)
+    matched = data.with_classes(known.get("classes", data.classes), network)
+    _notice(matched.notes[len(data.notes) :])
+    if unseen and (share := matched.share_seen(known)) > 0:
+        which = (
+            "These are images"
+            if share == 1
+            else f"About {max(1, round(100 * share))} % of these images are among those"
+        )
+        _notice([f"Warning: {which} that {plain(network)} was trained on; what is measured on them is no test."])
+    return matched
+
+
+def stored_facts(network: str) -> dict[str, Any]:
+    """The facts stored with the checkpoint or run of that name; none if it is the name of a new network."""
+    if not exists(network):
+        return {}
+    path = checkpoint_path(network)
+    return load_header(path).facts if is_checkpoint(path) else {}
+
+
+def _notice(sentences: Iterable[str]) -> None:
+    """On standard error, so that a result on standard output stays whole."""
+    for sentence in sentences:
+        notices.print(plain(sentence), markup=False, highlight=False, soft_wrap=True)
 
 
 def model_options(text: str) -> tuple[str, dict[str, Any]]:

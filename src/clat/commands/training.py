@@ -9,7 +9,7 @@ from torch import nn
 
 from clat import demo as demonstration
 from clat.checkpoint import checkpoint_path, load_checkpoint
-from clat.commands.shared import checkpoint_named, console, data_named, network_named, write_json
+from clat.commands.shared import checkpoint_named, console, data_named, fitting, network_named, write_json
 from clat.data import Dataset
 from clat.integrity import IntegrityError, status_since
 from clat.models import normalisation_of
@@ -86,7 +86,7 @@ def finetune(
         workers: processes that decode images, where these do not fit into memory
     """
     network, facts = checkpoint_named(origin, model)
-    dataset = data_named(data, "train")
+    dataset = fitting(data_named(data, "train"), facts, origin, unseen=False)
     held = facts.get("holdout", {})
     if facts.get("data", {}).get("source") == data and held != {"images": recipe.holdout, "seed": recipe.holdout_seed}:
         console.print(

@@ -1,0 +1,164 @@
+"""Image files as uint8 tensors: grey or colour, 16 bits scaled to 8, resized and cropped where a size is given."""
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from clat.errors import InputError
+from clat.text import plain
+
+GREY = ("1", "L", "LA", "La", "I", "F")  # and I;16 in either byte order
+SAMPLE = 1000  # images looked at, from the beginning and as many at random, before a set that is decoded later is read
+
+
+class UnreadableError(ValueError):
+    """Why an image could not be decoded."""
+
+
+def opened(entry: Any) -> PIL.Image.Image:
+    """The image of a table's entry, its header read; {bytes, path} or bytes. Only files on this machine are opened."""
+    entry = {"bytes": entry, "path": None} if isinstance(entry, bytes) else entry
+    if not isinstance(entry, dict) or (entry.get("bytes") is None and not entry.get("path")):
+        raise UnreadableError("there is no image")
+    try:
+        content = entry.get("bytes")
+        if content is None and "://" in entry["path"]:
+            raise UnreadableError("it is an address, not an image")
+        return PIL.Image.open(BytesIO(Path(entry["path"]).read_bytes() if content is None else content))
+    except UnreadableError:
+        raise
+    except Exception as error:  # the decoders raise anything
+        raise UnreadableError(_reason(error)) from error
+
+
+def is_grey(image: PIL.Image.Image) -> bool:
+    return image.mode in GREY or image.mode.startswith("I;16")
+
+
+def remark(image: PIL.Image.Image) -> str | None:
+    """What is lost when the image becomes 8 bits in grey or RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return "of more than 8 bits, scaled to 8"
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        return "with transparency, which is dropped"
+    return None if image.mode in ("1", "L", "P", "RGB") else f"in {plain(image.mode)}, converted to RGB"
+
+
+def decoded(image: PIL.Image.Image, channels: int | None = None) -> Tensor:
+    """An image as uint8 (channel, height, width), with one channel if it is grey, else three, or as many as asked."""
+    try:
+        image.load()
+        if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
+            image = PIL.ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            pixels = _scaled(np.asarray(image))
+        else:
+            mode = "L" if channels == 1 or (channels is None and is_grey(image)) else "RGB"
+            pixels = np.array(image.convert(mode))
+    except UnreadableError:
+        raise
+    except Exception as error:
+        raise UnreadableError(_reason(error)) from error
+    tensor = torch.from_numpy(pixels).view(image.height, image.width, -1).permute(2, 0, 1)
+    return tensor.expand(channels or tensor.shape[0], -1, -1)
+
+
+def fitted(pixels: Tensor, size: Sequence[int], resize: bool) -> Tensor:
+    """(channel, height, width) with height and width as in ``size``, by resizing the shorter edge and cropping."""
+    if tuple(pixels.shape[1:]) == tuple(size):
+        return pixels
+    if not resize:
+        raise InputError(
+            f"The images have several sizes ({size[0]}x{size[1]} and {pixels.shape[1]}x{pixels.shape[2]}, for "
+            "example); give one, e.g. size=64."
+        )
+    return TF.center_crop(TF.resize(pixels, [min(size)], antialias=True), list(size))
+
+
+def _scaled(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Numbers of 16 bits, or floats in [0, 1], as 8 bits."""
+    least, most = pixels.min(), pixels.max()
+    if pixels.dtype.kind == "f":
+        if not (least >= 0 and most <= 1):
+            raise UnreadableError(f"its floats run from {least:g} to {most:g}, but must lie in [0, 1]")
+        return (pixels * 255).round().astype(np.uint8)
+    if least < 0 or most > 65535:
+        raise UnreadableError(f"its numbers run from {least} to {most}, which is more than 16 bits")
+    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _reason(error: BaseException) -> str:
+    return plain(" ".join(str(error).split()))[:150] or type(error).__name__
+
+
+class DecodedLater(torch.utils.data.Dataset[Any]):
+    """Images of a set too large for memory, decoded and resized by worker processes as they are needed.
+
+    size: (channel, height, width); resize, recolour: whether images of another height and width, or in colour where
+    grey is wanted, are made to fit; workers: how many processes decode, unless ``read`` is told
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        column: str,
+        size: tuple[int, ...],
+        *,
+        resize: bool = True,
+        recolour: bool = True,
+        workers: int = 2,
+    ):
+        self.table, self.column, self.size, self.workers = table, column, size, workers
+        self.resize, self.recolour = resize, recolour
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> "Tensor | InputError":
+        """The image, or the error, which a worker process hands on as a value so that it stays one sentence."""
+        try:
+            image = opened(self.table[int(index)][self.column])
+            if self.size[0] == 1 and not (self.recolour or is_grey(image)):
+                raise UnreadableError("it is in colour, and those looked at first were grey; give channels=1 or 3")
+            return fitted(decoded(image, self.size[0]), self.size[1:], self.resize)
+        except UnreadableError as error:
+            return InputError(f"An image, at place {int(index)}, cannot be read: {error}.")
+        except InputError as error:
+            return error
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.table._fingerprint)
+
+    def subset(self, indices: Tensor) -> "DecodedLater":
+        chosen = copy(self)
+        chosen.table = self.table.select(indices.tolist())
+        return chosen
+
+    def read(self, chunks: Sequence[Tensor], workers: int | None = None) -> Iterator[Tensor]:
+        """One uint8 tensor for each chunk of positions, in order. Raises InputError at an image that cannot be read."""
+        loader: Any = torch.utils.data.DataLoader(
+            self,
+            batch_sampler=[chunk.tolist() for chunk in chunks],
+            num_workers=self.workers if workers is None else workers,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_stacked,
+        )
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+def _stacked(images: list[Any]) -> Any:
+    return next((image for image in images if isinstance(image, InputError)), None) or torch.stack(images)
