@@ -1,7 +1,7 @@
 """The commands that attack a network: evaluate, transfer, sweep and trust."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -18,15 +18,18 @@ from clat.commands.shared import (
     console,
     data_named,
     device_named,
+    fitting,
     is_beside_the_first,
     network_named,
     numbers,
+    stored_facts,
     write_json,
 )
 from clat.data import Dataset
 from clat.errors import InputError
 from clat.evaluate import Progress, check_all_fit, check_count, check_fits, drawn, pass_seconds, worst_case
 from clat.evaluate import evaluate as evaluate_model
+from clat.models import normalisation_of
 from clat.pictures import check_picture, draw_curves
 from clat.runs import Run
 from clat.sweep import Curve, Over, threats
@@ -54,6 +57,7 @@ def evaluate(
     network: str,
     *,
     data: str,
+    model: str | None = None,
     tier: TierName = "quick",
     split: str = "test",
     eps: float | str = "8/255",
@@ -77,6 +81,7 @@ def evaluate(
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
+        model: the network of weights that may not or do not say it, such as your file.py:factory
         tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000), full (AutoAttack on all) or
             blackbox (Square alone on 1,000), for networks without gradients
         split: split of the data
@@ -98,9 +103,9 @@ def evaluate(
         return
     for key, value in (("repeats", repeats), ("batch_size", batch_size)):
         check_count(key, value)
-    place, dataset = device_named(device), data_named(data, split)
-    model = _opened(network, dataset).to(place)
-    check_fits(model, dataset, place)
+    place, dataset = device_named(device), _fitted(data, split, [network])
+    opened = network_named(network, dataset, model).to(place)
+    check_fits(opened, dataset, place)
     tiers = [
         make_tier(
             tier, eps, len(dataset.classes), attack_norm, steps=steps, starts=starts, seed=seed + repeat * SEEDS_APART
@@ -111,11 +116,12 @@ def evaluate(
     chosen = drawn(dataset, limit, seed)
     talk = console if json != "-" else Console(quiet=True)
     passes = sum(attack.passes for each in tiers for attack in each.attacks)
-    most = passes * len(chosen) * pass_seconds(model, chosen, batch_size=batch_size, device=place)
+    most = passes * len(chosen) * pass_seconds(opened, chosen, batch_size=batch_size, device=place)
     ball = attack_name("", tiers[0].attacks[0].threat).strip()
     images = f"{len(chosen):,} of {len(dataset):,} images of {data}"
     talk.print(plain(f"{network} on {images}, {ball}"), highlight=False)
     talk.print(assumed(place, precision, dataset), highlight=False)
+    talk.print(f"Normalisation: {normalisation_of(opened)}", highlight=False)
     for line in plan(tiers[0].attacks):
         talk.print(plain(f"  {line}"), highlight=False)
     talk.print(f"  At most {duration(most)} here; images once broken are not attacked again.", style="dim")
@@ -123,7 +129,7 @@ def evaluate(
     for each in tiers:
         with _showing(talk) as progress:
             result = evaluate_model(
-                model,
+                opened,
                 dataset,
                 each.attacks,
                 limit=limit,
@@ -159,6 +165,7 @@ def transfer(
     networks: list[str],
     *,
     data: str,
+    model: str | None = None,
     attack: Literal["pgd", "activation"] = "pgd",
     layer: str | None = None,
     split: str = "test",
@@ -181,6 +188,7 @@ def transfer(
     Args:
         networks: two or more checkpoints, run folders (their best checkpoints) or model names
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        model: the network of weights that may not or do not say it, such as your file.py:factory
         attack: pgd, from a random start, or activation (Inkawhich et al. 2019), which is made to transfer
         layer: whose feature the activation attack moves; one for all networks, or one for each, after commas
         split: split of the data
@@ -199,8 +207,8 @@ def transfer(
         raise InputError("--layer NAME goes with --attack activation, and only with it; clat layers lists the names.")
     if is_beside_the_first():
         return
-    place, dataset = device_named(device), data_named(data, split)
-    models = _several(networks, dataset)
+    place, dataset = device_named(device), _fitted(data, split, networks)
+    models = _several(networks, dataset, model)
     if layer is None:
         attacks = list(restarts(pgd(eps, 20 if steps is None else steps, attack_norm), seed=seed))
     else:
@@ -223,6 +231,7 @@ def transfer(
     ball = attack_name(found.attack, attacks[0].threat)
     talk.print(plain(f"{ball}; {found.clean[0].n:,} of {len(dataset):,} images of {data}"), highlight=False)
     talk.print(assumed(place, precision, dataset), highlight=False)
+    _say_normalisations(models, talk)
     talk.print(transfer_table(found), highlight=False)
     for source, target in found.stronger:
         warning = (
@@ -238,6 +247,7 @@ def sweep(
     networks: list[str],
     *,
     data: str,
+    model: str | None = None,
     over_eps: str = "0,2/255,4/255,8/255,16/255,32/255,64/255",
     over_steps: str = "1,2,5,10,20,50,100",
     eps: float | str = "8/255",
@@ -262,6 +272,7 @@ def sweep(
     Args:
         networks: checkpoints, run folders (their best checkpoints) or model names
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        model: the network of weights that may not or do not say it, such as your file.py:factory
         over_eps: radii of the ball in pixels of [0, 1], 0 being clean, or none to leave this curve out
         over_steps: numbers of PGD steps, each eps / 4 long, or none to leave this curve out
         eps: radius of the ball when the number of steps varies
@@ -288,18 +299,19 @@ def sweep(
         check_picture(Path(picture))
     for over, strengths in wanted.items():
         threats(over, strengths, eps=eps, steps=steps, norm=attack_norm)
-    place, dataset = device_named(device), data_named(data, split)
-    models = {name: model.to(place) for name, model in _several(networks, dataset).items()}
+    place, dataset = device_named(device), _fitted(data, split, networks)
+    models = {name: opened.to(place) for name, opened in _several(networks, dataset, model).items()}
     check_all_fit(models, dataset, place)
     talk = console if json != "-" else Console(quiet=True)
     talk.print(assumed(place, precision, dataset), highlight=False)
+    _say_normalisations(models, talk)
     curves: dict[Over, dict[str, Curve]] = {}
     for over, strengths in wanted.items():
         curves[over] = {}
-        for name, model in models.items():
+        for name, opened in models.items():
             with _showing(talk) as progress:
                 curves[over][name] = sweep_over(
-                    model,
+                    opened,
                     dataset,
                     over,
                     strengths,
@@ -340,6 +352,7 @@ def trust(
     network: str,
     *,
     data: str,
+    model: str | None = None,
     split: str = "test",
     eps: float | str = "8/255",
     attack_norm: Literal["linf", "l2"] = "linf",
@@ -360,6 +373,7 @@ def trust(
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        model: the network of weights that may not or do not say it, such as your file.py:factory
         split: split of the data
         eps: radius of the ball in pixels of [0, 1], e.g. 8/255
         attack_norm: norm of the ball
@@ -376,12 +390,13 @@ def trust(
     """
     if is_beside_the_first():
         return 0
-    place, dataset = device_named(device), data_named(data, split)
-    model, surrogate = _opened(network, dataset), _opened(base, dataset) if base else None
+    place, dataset = device_named(device), _fitted(data, split, [network, *([base] if base else [])])
+    opened = network_named(network, dataset, model)
+    surrogate = network_named(base, dataset, model) if base else None
     talk = console if json != "-" else Console(quiet=True)
     with talk.status("") as line:
         verdict = trust_model(
-            model,
+            opened,
             dataset,
             eps,
             attack_norm,
@@ -397,6 +412,7 @@ def trust(
     ball = attack_name("", Threat(eps=eps, norm=attack_norm)).strip()
     talk.print(plain(f"Verdict: {verdict.text}."), style="bold" if verdict.ok else "bold red", highlight=False)
     talk.print(assumed(place, "fp32", dataset), highlight=False)
+    talk.print(f"Normalisation: {normalisation_of(opened)}", highlight=False)
     title = f"{network} on {verdict.clean.n} images of {data}, {ball}"
     talk.print(trust_table(verdict, title, thresholds=verbose), highlight=False)
     if json is not None:
@@ -425,16 +441,28 @@ def _showing(console: Console) -> Iterator[Callable[[Progress], None]]:
         yield show
 
 
-def _opened(network: str, data: Dataset) -> nn.Module:
-    """The network that a command is given."""
-    return network_named(network, data)
+def _fitted(data: str, split: str, networks: Sequence[str]) -> Dataset:
+    """The images, with their classes in the order that the networks know them in."""
+    dataset = data_named(data, split)
+    fitted = [fitting(dataset, stored_facts(name), name) for name in networks]
+    for name, each in zip(networks, fitted, strict=True):
+        if each.classes != fitted[0].classes:
+            raise InputError(
+                f"{plain(networks[0])} and {plain(name)} order the classes differently; evaluate each by itself."
+            )
+    return fitted[0]
 
 
-def _several(names: Sequence[str], data: Dataset) -> dict[str, nn.Module]:
+def _several(names: Sequence[str], data: Dataset, model: str | None) -> dict[str, nn.Module]:
     """The networks that a command is given, by the names given."""
     if len(set(names)) < len(names):
         raise InputError("A network is named twice; name each once.")
-    return {name: _opened(name, data) for name in names}
+    return {name: network_named(name, data, model) for name in names}
+
+
+def _say_normalisations(models: Mapping[str, nn.Module], talk: Console) -> None:
+    for name, model in models.items():
+        talk.print(plain(f"Normalisation of {name}: {normalisation_of(model)}"), highlight=False)
 
 
 def _path(network: str) -> str:

@@ -35,6 +35,7 @@ from clat.threat import Threat
 def layers(
     network: str,
     data: str = EMBEDDED,
+    model: str | None = None,
     split: str = "train",
     batch: int = 100,
     eps: float | str = 0.03,
@@ -50,6 +51,7 @@ def layers(
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name, which starts at random weights
         data: images to attack: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        model: the network of weights that may not or do not say it, such as your file.py:factory
         split: split of the data
         batch: number of images, drawn at random
         eps: radius of the l-infinity ball in pixels of [0, 1], e.g. 8/255
@@ -66,24 +68,24 @@ def layers(
         raise InputError(f"batch is {batch}; the criticality needs at least one image.")
     place = device_named(device)
     dataset = fitting(data_named(data, split), stored_facts(network), network, unseen=False)
-    model = network_named(network, dataset).to(place)
-    check_fits(model, dataset, place)
+    opened = network_named(network, dataset, model).to(place)
+    check_fits(opened, dataset, place)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:batch]
     pixels, y = next(dataset.subset(order.sort().values).to(place).batches(batch, workers=0))
     torch.manual_seed(seed)
     threat = replace(pgd(eps, steps), step=_paper_step(eps))
     x = to_unit(pixels)
-    predict(model, x)  # its scores are finite
-    scores = criticality(model, x, attack_output(model, x, y, threat), norm=norm, at=at)
+    predict(opened, x)  # its scores are finite
+    scores = criticality(opened, x, attack_output(opened, x, y, threat), norm=norm, at=at)
     rows = ranking(scores)
     if json is not None:
         facts = {"network": network, "data": data, "images": len(x), "threat": asdict(threat), "norm": norm, "at": at}
         write_json(json, {**facts, "layers": rows})
     if json != "-":
-        size = sum(parameter.numel() for parameter in model.parameters())
+        size = sum(parameter.numel() for parameter in opened.parameters())
         attack = attack_name(f"PGD-{steps}", threat)
         console.print(assumed(place, "fp32", dataset), highlight=False)
-        console.print(f"Normalisation: {normalisation_of(model)}", markup=False, highlight=False)
+        console.print(f"Normalisation: {normalisation_of(opened)}", markup=False, highlight=False)
         console.print(layer_table(rows, size, f"Layers of {network}, most critical first ({len(x)} images, {attack})"))
 
 

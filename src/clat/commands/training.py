@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clat import demo as demonstration
-from clat.checkpoint import checkpoint_path, load_checkpoint
+from clat.checkpoint import checkpoint_path
 from clat.commands.shared import checkpoint_named, console, data_named, fitting, network_named, write_json
 from clat.data import Dataset
 from clat.integrity import IntegrityError, status_since
@@ -97,21 +97,22 @@ def finetune(
     _run(recipe, network, dataset, out, str(checkpoint_path(origin)), keys)
 
 
-def status(run: str, json: str | None = None) -> None:
+def status(run: str, model: str | None = None, json: str | None = None) -> None:
     """Lists the layers of a run as trained, frozen or irregular, by comparing the weights with those at its start.
 
     Args:
         run: a run folder
+        model: the network of the run where a factory of yours made it: file.py:factory
         json: write the list to this file, or to standard output if it is -
     """
     folder = Run(Path(run))
     start, selections = folder.start, folder.selections
     if not folder.last.exists():
         raise folder.unusable(folder.last.name, "is missing", "the first epoch writes it")
-    model, _ = load_checkpoint(folder.last)
-    if unknown := set(folder.selected) - dict(model.named_modules()).keys():
+    network, _ = checkpoint_named(str(folder.last), model)
+    if unknown := set(folder.selected) - dict(network.named_modules()).keys():
         raise folder.unusable("selections.jsonl", f"names {plain(min(unknown))}, which is no layer of the network")
-    found = status_since(model, start, selections)
+    found = status_since(network, start, selections)
     if json is not None:
         write_json(json, [asdict(layer) for layer in found])
     if json != "-":
