@@ -101,7 +101,7 @@ def test_the_command(tmp_path, capsys):
         ([names[0], names[0], *rest], "named twice"),
         ([*names, *rest, "--attack", "activation"], "--layer NAME goes with"),
         ([*names, *rest, "--layer", "network.conv1"], "--layer NAME goes with"),
-        ([*names, *rest, "--attack", "activation", "--layer", "conv1"], "no layer 'conv1'"),
+        ([*names, *rest, "--attack", "activation", "--layer", "conv99"], "no layer 'conv99'"),
         ([*names, *rest, "--limit", "0"], "at least one image"),
     ):
         assert cli.main(["transfer", *arguments]) == 2

@@ -187,12 +187,36 @@ def dropped(x: Tensor) -> Tensor:
     return F.dropout(x, 0.3, training=True)
 
 
+class Remembering(nn.Module):
+    """Repeats the answer for an image near one it has seen, while the gradient stays that of the network."""
+
+    def __init__(self, network: nn.Module, copyable: bool = True):
+        super().__init__()
+        self.network, self.radius = network, 0.25
+        memory: list = []
+        self.seen = memory if copyable else None
+        self.elsewhere = (lambda: memory) if not copyable else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.elsewhere() if self.seen is None else self.seen
+        scores = self.network(x)
+        answers = []
+        for image, score in zip(x.detach(), scores, strict=True):
+            near = ((kept, answer) for kept, answer in seen if (kept - image).abs().max() <= self.radius)
+            found = next(near, None)
+            if found is None:
+                seen.append((image, score.detach()))
+            answers.append(score if found is None else score + (found[1] - score).detach())
+        return torch.stack(answers)
+
+
 PLANTED = {
     "random resizing": (lambda m: [Do(resized), *m], {"deterministic"}, "0 (Do)"),
     "dropout that ignores eval": (lambda m: [*m[:-1], Awake(0.3), m[-1]], {"deterministic", "mode"}, "8 (Awake)"),
     "functional dropout": (lambda m: [*m[:-1], Do(dropped), m[-1]], {"deterministic"}, "8 (Do)"),
     "probabilities": (lambda m: [*m, nn.Softmax(1)], {"logits"}, "probabilities"),
-    "normalised outside": (lambda m: m[1:], {"normalisation"}, "mean and std of the data"),
+    "normalised outside": (lambda m: m[1:], {"normalisation"}, "normalised to mean and std of the data"),
+    "normalised twice": (lambda m: [Do(lambda x: 2 * x - 1), *m], {"normalisation"}, "seems to normalise twice"),
     "no backward pass": (lambda m: [Do(torch.detach), *m], {"gradients"}, "the backward pass fails"),
     "infinite slope": (lambda m: [Do(lambda x: x.sqrt().square()), *m], {"gradients"}, "cross-entropy 0 zero"),
     "optimises at inference": (lambda m: [Do(purified), *m], {"static"}, "calls autograd 1 times"),
@@ -213,8 +237,20 @@ def test_a_planted_failure_is_named_and_no_other(name, pgd_at, test_images):
     assert any(says in found.measured for found in verdict.findings if found.status == "fail")
     assert not verdict.ok
     assert all(f"({check})" in verdict.text for check in checks)
-    opening = "the evaluation is not valid, because" if name == "normalised outside" else "robustness is overstated"
+    opening = "the evaluation is not valid, because" if "normalisation" in checks else "robustness is overstated"
     assert verdict.text.startswith(opening)
+
+
+@pytest.mark.parametrize("copyable", [True, False])
+def test_a_network_that_repeats_its_answer_near_what_it_has_seen(copyable, pgd_at, test_images):
+    stateful = Remembering(pgd_at, copyable=copyable).eval()
+    few = [check for check in CHECKS if check.id in ("clean-accuracy", "batch", "state", "gradients", "attack")]
+    verdict = trust(stateful, test_images, 0.1, limit=30, checks=few)
+    assert failed(verdict) == {"state"}, verdict.text
+    assert verdict.robust == verdict.clean  # every attack fails
+    evidence = finding(verdict, "state").evidence
+    assert evidence["changed" if copyable else "repeated"] > 5
+    assert "depend on what it saw before, or repeat that (state)" in verdict.text
 
 
 def test_a_quantising_front(undefended, test_images):
@@ -354,7 +390,7 @@ def test_the_command(factory, code, undefended, test_images, tmp_path, monkeypat
 
 def test_bad_input_to_the_command(capsys):
     assert main(["trust", "nowhere", "--data", "fashion-mnist-mini"]) == 2
-    assert "no checkpoint or run folder" in capsys.readouterr().err
+    assert "There is no model 'nowhere'" in capsys.readouterr().err
 
 
 def test_checks_come_after_what_they_need():

@@ -53,6 +53,7 @@ def finite_scores(model: nn.Module) -> Iterator[Callable[[Images], Tensor]]:
     def scores(x: Images) -> Tensor:
         nonlocal finite
         found = logits(model(x))
+        found = found.clone() if found.is_inference() else found  # attacks write to it
         if x.requires_grad and torch.is_grad_enabled():
             check_gradient(found)
         now = torch.isfinite(found.detach()).all()

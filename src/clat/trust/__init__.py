@@ -26,7 +26,7 @@ REFERENCE = "attack"  # the check whose attack others are compared with
 class Verdict:
     """What all checks found together.
 
-    text: in words; ok: no check failed, and those that a verdict needs ran (``NEEDED``); clean: accuracy without attack;
+    text: in words; ok: no check failed, and those that it needs ran (``NEEDED``); clean: accuracy without attack;
     robust: accuracy in the worst case over all attacks in the ball, None if there was none; eps ... batch_size: what it
     takes to repeat it; seconds: all of it.
     """
