@@ -57,12 +57,12 @@ TUNERS: dict[str, Keys] = {
     "convlora": {"convlora": {"rank": 2}},
 }
 OTHER: dict[str, Keys] = {
-    "the letter, selected twice, restarted": {
+    "the letter, selected twice, momentum kept, restarted": {
         "objective": "clat",
         "tuner": "critical",
         "epochs": 2,
         "clat": {"weight": 0.1, "cross_entropy": "clean", "attack": "feature"},
-        "critical": {"k": 3, "every": 1, "learning_rate": "restart", "norm_statistics": "all"},
+        "critical": {"k": 3, "every": 1, "momentum": "keep", "learning_rate": "restart", "norm_statistics": "all"},
     },
     "relative distance after the activation, both cross-entropies": {
         "objective": "clat",

@@ -15,7 +15,7 @@ from clat.errors import InputError
 from clat.integrity import same_bits
 from clat.models import build_model
 from clat.objectives import FastAt, FreeAt, Mart, Trades
-from clat.optimizer import learning_rate, make_optimizer
+from clat.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from clat.recipe import Recipe
 from clat.threat import Threat
 from clat.train import train
@@ -109,6 +109,22 @@ def test_awp_under_a_selection_moves_only_what_trains(blobs, tmp_path):
     recipe = replace(BASE, objective="clat", tuner="critical", awp=Awp(gamma=0.05))
     run = train(recipe, network(), blobs, out=tmp_path / "run")  # the loop checks the frozen tensors bit by bit
     assert run.result["epochs"] == 3
+
+
+def test_layers_selected_again_keep_their_momentum_and_new_ones_start_without(plain):
+    def step(names, stored):
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(name in names)
+            parameter.grad = torch.ones_like(parameter) if name in names else None
+        optimizer = make_optimizer(replace(BASE, weight_decay=0.0), plain)
+        load_optimizer_state(optimizer, plain, stored)
+        optimizer.step()
+        return optimizer_state(optimizer, plain)
+
+    first = step({"first.weight"}, {})
+    both = step({"first.weight", "last.weight"}, first)
+    assert (both["first.weight|momentum_buffer"] == 1 + 0.9).all()
+    assert (both["last.weight|momentum_buffer"] == 1).all()
 
 
 SCRIPT = """

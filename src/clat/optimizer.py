@@ -70,10 +70,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Puts back what ``optimizer_state`` returned, for the parameters that train now."""
+    """Puts back what ``optimizer_state`` returned, for the parameters that train now; others start with momentum 0."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for entry, value in stored.items():
         name, key = entry.rsplit("|", 1)
         if name in parameters:
             same_layout = torch.empty_like(parameters[name] if key != "step" else value)
             optimizer.state[parameters[name]][key] = same_layout.copy_(value)
+    if isinstance(optimizer, torch.optim.SGD) and any("momentum_buffer" in state for state in optimizer.state.values()):
+        for parameter in parameters.values():  # the fused step takes momentum of all or of none
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
