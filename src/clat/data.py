@@ -406,8 +406,8 @@ class _Reading:
     def _resident(self, height: int, width: int, channels: int) -> tuple[Tensor, Tensor]:
         pixels = torch.empty(len(self.table), channels, height, width, dtype=torch.uint8)
         kept: list[int] = []
-        for place in range(len(self.table)):
-            found = self._decoded(place)
+        for place, entry in enumerate(self._entries()):
+            found = self._decoded(place, entry)
             if found is None:
                 continue
             if len(found) > pixels.shape[1]:  # the first one in colour
@@ -442,17 +442,26 @@ class _Reading:
                     return True
         return False
 
+    def _entries(self) -> Iterator[Any]:
+        """What the table holds at each place, read many at once; None where it is damaged."""
+        for start in range(0, len(self.table), 1000):
+            stop = min(start + 1000, len(self.table))
+            try:
+                yield from self.table[start:stop][self.column]
+            except Exception:  # pyarrow's own, of a damaged file; each row is then read by itself
+                yield from [None] * (stop - start)
+
     def _entry(self, place: int) -> Any:
         try:
             return self.table[place][self.column]
         except Exception as error:  # pyarrow's own, of a damaged file
             raise UnreadableError("its row is damaged") from error
 
-    def _decoded(self, place: int) -> Tensor | None:
+    def _decoded(self, place: int, entry: Any = None) -> Tensor | None:
         """The image at a place of the table, or None if it cannot be read and is to be skipped."""
         name = f"row {self.rows[place]}"
         try:
-            entry = self._entry(place)
+            entry = self._entry(place) if entry is None else entry
             if isinstance(entry, dict) and entry.get("path"):
                 name = plain(entry["path"]) if entry.get("bytes") is None else f"{name} ({plain(entry['path'])})"
             image = opened(entry)
