@@ -384,10 +384,10 @@ class _Reading:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was left out of the images and of their pixels."""
-        said = [f"{count:,} images of {self.source} are {what}." for what, count in self.remarks.items()]
+        said = [f"Images of {self.source} {what}: {count:,}." for what, count in self.remarks.items()]
         if self.skipped:
             count, names = len(self.skipped), shortened(self.skipped)
-            said.insert(0, f"{count:,} images of {self.source} cannot be read and are left out: {names}.")
+            said.insert(0, f"Images of {self.source} that cannot be read and are left out: {count:,} ({names}).")
         return tuple(said)
 
     def pixels(self, workers: int) -> "tuple[Tensor | DecodedLater, Tensor]":

@@ -98,6 +98,8 @@ def _scaled(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "it is no image of a known kind"
     return plain(" ".join(str(error).split()))[:150] or type(error).__name__
 
 
