@@ -101,9 +101,9 @@ def test_no_command_calls_what_a_file_names(command, attacks, tmp_path, capsys):
     forged_last = attacks["a shell"]
     run.folder.mkdir()
     forged(run.last, forged_last, epoch=1)
-    run.write("start.json", {})
+    run.write("start.json", {"weight": "0" * 64})
     run.write("selections.jsonl", [])
-    run.write("recipe.yaml", {"tuner": "whole"})
+    run.write("recipe.yaml", {"tuner": "whole", "precision": "fp32"})
     places = {"FILE": path, "RUN": str(run.folder), "OTHER": path + "x"}
     assert main([places.get(word, word) for word in command]) == 2
     said = capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_no_command_calls_what_a_file_names(command, attacks, tmp_path, capsys):
 def test_labels_of_extra_data_call_nothing(attacks, tmp_path, blobs):
     path = forged(tmp_path / "net.safetensors", attacks["a shell"])
     with pytest.raises(InputError, match="may not call"):
-        Extra(source="x", labels=path)._pseudo_labelled(blobs, torch.device("cpu"))
+        Extra(source="x", labels=path)._pseudo_labelled(blobs, blobs, torch.device("cpu"))
     assert not (tmp_path / "mark").exists()
 
 
@@ -321,7 +321,7 @@ def test_a_recipe_file_chooses_no_network(tmp_path, capsys):
     for recipe, key in (("mine", "model"), ("nested", "config"), ("replaces", "overwrite")):
         for way in ([f"{recipe}.yaml"], ["--config", f"{recipe}.yaml"], ["pgd-at", "--config", f"{recipe}.yaml"]):
             assert main(["train", *way, *DATA, "--out", "out"]) == 2
-            assert f"sets {key}, which is no key of a recipe" in capsys.readouterr().err
+            assert f"has no key {key!r}" in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()
 
 
