@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clat.attacks import pgd
@@ -19,6 +20,7 @@ from clat.models import build_model
 from clat.recipe import Recipe
 from clat.runs import Run
 from clat.tables import layer_table, percent, ranking
+from clat.text import plain
 from clat.threat import Threat
 from clat.train import train
 from clat.tuners import Critical
@@ -41,7 +43,9 @@ def run(out: Path, *, resume: bool = False, overwrite: bool = False, console: Co
     console.print(f"{len(training):,} training and {len(test):,} test images of {training.source}", highlight=False)
 
     def stage(name: str, recipe: Recipe, origin: Path | None) -> Run:
-        console.print(f"\n[bold]{name}[/bold]: {recipe.epochs} epochs into {out / name}", highlight=False)
+        console.print(
+            f"\n[bold]{name}[/bold]: {recipe.epochs} epochs into {escape(plain(out / name))}", highlight=False
+        )
         network = load_checkpoint(origin)[0] if origin else model
         return train(
             recipe,
@@ -67,9 +71,12 @@ def run(out: Path, *, resume: bool = False, overwrite: bool = False, console: Co
     ]
     write_text(out / "demo.json", json.dumps(rows, indent=2) + "\n")
     console.print(_table(rows))
+    place = plain(out)
     console.print(
         f"Robust: {EVALUATION.steps}-step PGD, linf, eps 16/255, fp32; 95 % Wilson intervals; one seed, a toy scale.\n"
-        f"Run folders: {out}/pgd-at, {out}/clat, {out}/pgd-at-further. Look into one with: clat status {out}/clat",
+        f"Run folders: {place}/pgd-at, {place}/clat, {place}/pgd-at-further. "
+        f"Look into one with: clat status {place}/clat",
+        markup=False,
         highlight=False,
     )
 
