@@ -592,8 +592,9 @@ def test_ctrl_c_in_training_ends_with_130_and_the_run_goes_on(tmp_path, monkeypa
         shared, "load_data", lambda name, split, **options: real(name, split, **options).subset(torch.arange(80))
     )
     command = [
-        "train", "pgd-at", "--model", "rn18,width=2", "--data", "fashion-mnist-mini", "--out", str(tmp_path / "run"),
-        "--epochs", "2", "--holdout", "20", "--batch_size", "30", "--threat.steps", "1", "--validation_steps", "1",
+        "train", "pgd-at", "--model", "rn18,width=2", "--data", "fashion-mnist-mini", "--out",
+        str(tmp_path / "[/x]run"), "--epochs", "2", "--holdout", "20",
+        "--batch_size", "30", "--threat.steps", "1", "--validation_steps", "1",
         "--health", "false", "--precision", "fp32", "--layout", "default",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
@@ -608,9 +609,10 @@ def test_ctrl_c_in_training_ends_with_130_and_the_run_goes_on(tmp_path, monkeypa
     printed = capsys.readouterr()
     assert printed.err == "clat: Interrupted; a training run continues with --resume.\n"
     assert "computes on cpu in fp32, layout default, in 1 process" in printed.out
-    assert Run(tmp_path / "run").epoch == 1
+    assert Run(tmp_path / "[/x]run").epoch == 1
     assert main([*command, "--resume"]) == 0
-    assert Run(tmp_path / "run").epoch == 2
+    assert Run(tmp_path / "[/x]run").epoch == 2
+    assert "[/x]run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", ["overwrite: true", "resume: true", "out: elsewhere", "model: rn18", "device: cpu"])

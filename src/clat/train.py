@@ -296,7 +296,9 @@ class _Trainer:
         with seeded(_seed(recipe.seed, epoch, 0), self.device):
             selection = self.tuner.select(self.model, to_unit(pixels), y, recipe.threat, epoch=epoch, seed=recipe.seed)
         if recipe.tuner != "whole":
-            self.console.print(f"  epoch {epoch}: selected {_layer_list(selection)}", highlight=False)
+            self.console.print(
+                f"  epoch {epoch}: selected {plain(_layer_list(selection))}", markup=False, highlight=False
+            )
         return selection
 
     def _take(self, selection: Selection) -> torch.optim.Optimizer:

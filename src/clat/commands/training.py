@@ -90,8 +90,11 @@ def finetune(
     held = facts.get("holdout", {})
     if facts.get("data", {}).get("source") == data and held != {"images": recipe.holdout, "seed": recipe.holdout_seed}:
         console.print(
-            f"Warning: {origin} was trained with holdout {held.get('images')} and holdout_seed {held.get('seed')}; "
-            "with others, it has seen the validation images."
+            plain(
+                f"Warning: {origin} was trained with holdout {held.get('images')} and holdout_seed {held.get('seed')}; "
+                "with others, it has seen the validation images."
+            ),
+            markup=False,
         )
     keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers}
     _run(recipe, network, dataset, out, str(checkpoint_path(origin)), keys)
@@ -123,12 +126,16 @@ def status(run: str, model: str | None = None, json: str | None = None) -> None:
 
 def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, origin: str, keys: dict[str, Any]) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"{recipe.objective} x {recipe.tuner} on {data.source}, {size:,} parameters, from {origin}")
+    console.print(
+        f"{recipe.objective} x {recipe.tuner} on {plain(data.source)}, {size:,} parameters, from {plain(origin)}",
+        markup=False,
+    )
     console.print(f"Normalisation: {normalisation_of(model)}", markup=False, highlight=False)
     run = train_model(recipe, model, data, out=out, origin=origin, console=console, **keys)
     best = run.result["best"]
     console.print(
         f"Best epoch {best['epoch']}: validation clean {100 * best['clean']:.1f} %, robust "
-        f"{100 * best['robust']:.1f} %. Run folder: {out}",
+        f"{100 * best['robust']:.1f} %. Run folder: {plain(out)}",
+        markup=False,
         highlight=False,
     )
