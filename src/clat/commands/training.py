@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clat import demo as demonstration
-from clat.checkpoint import checkpoint_path, load_checkpoint
+from clat.checkpoint import checkpoint_path
 from clat.commands.shared import checkpoint_named, console, data_named, network_named, write_json
 from clat.data import Dataset
 from clat.integrity import IntegrityError, status_since
@@ -85,17 +85,18 @@ def finetune(
     _run(recipe, network, dataset, out, resume, overwrite, str(checkpoint_path(origin)))
 
 
-def status(run: str, json: str | None = None) -> None:
+def status(run: str, model: str | None = None, json: str | None = None) -> None:
     """Lists the layers of a run as trained, frozen or irregular, by comparing the weights with those at its start.
 
     Args:
         run: a run folder
+        model: the network of the run where its files may not or do not say it, such as your file.py:factory
         json: write the list to this file, or to standard output if it is -
     """
     folder = Run(Path(run))
     start, selections = folder.start, folder.selections
-    model, _ = load_checkpoint(folder.last)
-    found = status_since(model, start, selections)
+    network, _ = checkpoint_named(str(folder.last), model)
+    found = status_since(network, start, selections)
     if json is not None:
         write_json(json, [asdict(layer) for layer in found])
     if json != "-":
