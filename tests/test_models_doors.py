@@ -259,15 +259,18 @@ def test_stored_normalisation_stays_with_weights_given_to_a_bare_network(tmp_pat
     assert found.network is bare
 
 
-def test_finetune_names_the_factory(trained, mynet, monkeypatch, blobs, tmp_path, capsys):
+def test_finetune_and_status_name_the_factory(trained, mynet, monkeypatch, blobs, tmp_path, capsys):
     run, _ = trained
     monkeypatch.setattr(shared, "load_data", lambda source, split: blobs)
     command = ["finetune", "clat", "--from", str(run.folder), "--data", "blobs", "--out", str(tmp_path / "tuned")]
     command += ["--epochs", "1", "--critical.k", "1", *TINY]
     assert main(command) == 2
     assert "name it in this call" in capsys.readouterr().err
-    assert main([*command, "--model", f"{mynet}:make,width=4"]) == 0
+    named = ["--model", f"{mynet}:make,width=4"]
+    assert main([*command, *named]) == 0
     assert "Normalisation: none" in capsys.readouterr().out
+    assert main(["status", str(tmp_path / "tuned"), *named]) == 0
+    assert "trained" in capsys.readouterr().out
 
 
 def test_weights_of_others_open_when_their_network_is_named(mynet, blobs, tmp_path):

@@ -35,7 +35,7 @@ USAGE = {
     "sweep": "NETWORK [...] --data DATA [--eps 8/255] [--steps 20] [--picture FILE] [--json FILE] [--key value ...]",
     "trust": "CHECKPOINT_OR_RUN --data DATA [--eps 8/255] [--base CHECKPOINT_OR_RUN] [--budget MINUTES] [--json FILE] "
     "[--key value ...]",
-    "status": "RUN [--json FILE]",
+    "status": "RUN [--model MODEL] [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
 }
 RECIPE_COMMANDS = ("train", "finetune")

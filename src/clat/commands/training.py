@@ -105,7 +105,7 @@ def status(run: str, model: str | None = None, json: str | None = None) -> None:
 
     Args:
         run: a run folder
-        model: the network of the run where a factory of yours made it: file.py:factory
+        model: the network of the run where its files may not or do not say it, such as your file.py:factory
         json: write the list to this file, or to standard output if it is -
     """
     folder = Run(Path(run))

@@ -107,7 +107,7 @@ def build_model(
         InputError: an unknown name or option, or a factory that fails
     """
     for key, count in (("classes", classes), ("channels", channels)):
-        if not isinstance(count, int) or count < 1:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise InputError(f"{key} is {plain(count)}; it is a whole number of 1 or more.")
     try:
         if name in MODELS:
