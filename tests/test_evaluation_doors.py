@@ -1,5 +1,6 @@
 """What evaluations refuse, what they read from records, where they run, and what they print."""
 
+import io
 import json
 import os
 import sys
@@ -13,11 +14,14 @@ from clat import InputError, cli, evaluate
 from clat.attacks import apgd_ce, pgd, square, tier
 from clat.checkpoint import save_checkpoint
 from clat.commands import shared
+from clat.commands.evaluation import _showing
 from clat.commands.shared import assumed, device_named
 from clat.data import Dataset
-from clat.evaluate import _content_digest, check_fits, find_device, pass_seconds, placed
+from clat.evaluate import Progress, _content_digest, check_fits, find_device, pass_seconds, placed
 from clat.integrity import LayerStatus
+from clat.layers import named_layers
 from clat.models import Normalized, build_model
+from clat.pictures import draw_curves
 from clat.structure import structure_digest
 from clat.sweep import sweep
 from clat.tables import Name, apart, layer_table, status_table, sweep_table, transfer_table, trust_table
@@ -393,6 +397,25 @@ def test_names_are_folded_from_the_left():
     assert "network" not in "".join(shown)
     assert "conv[/x]\\x1b" in shown[3]
     assert lines(Name("x" * 200)) == ["..." + "x" * 77]
+
+
+def test_the_bar_of_an_attack_shows_any_name():
+    terminal = io.StringIO()
+    with _showing(Console(file=terminal, force_terminal=True, width=120)) as progress:
+        progress(Progress(HOSTILE, 1, 1, 2, 3, 0))
+    assert "a[/x]b\\x1b[31m\\x0ac (1 of 1)" in terminal.getvalue()
+
+
+def test_the_picture_shows_any_name(few, tmp_path):
+    draw_curves([{r"a[/x]$\b$": sweep(Seen(), few, "eps", [0, 0.1])}], tmp_path / "curve.svg")
+    assert r"<!-- a[/x]$\b$ -->" in (tmp_path / "curve.svg").read_text()
+
+
+def test_a_layer_may_be_named_as_tables_show_it(tiny, few):
+    found = named_layers(tiny, few.pixels[:1] / 255, ["layer3.0.conv1", "network.conv1"])
+    assert list(found) == ["network.layer3.0.conv1", "network.conv1"]
+    with pytest.raises(InputError, match="no layer 'layer9'"):
+        named_layers(tiny, few.pixels[:1] / 255, ["layer9"])
 
 
 def test_networks_are_told_apart_in_a_narrow_table(few):

@@ -8,6 +8,7 @@ from clat.errors import InputError
 from clat.files import write_atomically
 from clat.sweep import Curve
 from clat.tables import radius
+from clat.text import plain
 
 KINDS = (".png", ".pdf", ".svg")
 
@@ -47,7 +48,8 @@ def draw_curves(panels: Sequence[Mapping[str, Curve]], path: Path) -> None:
             low, high = zip(*([100 * end for end in accuracy.interval] for accuracy in accuracies), strict=True)
             axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
             values = [100 * accuracy.value for accuracy in accuracies]
-            axis.plot(places, values, color=colour, marker=marker, ms=4.5, lw=1.6, label=name, clip_on=False, zorder=3)
+            label = plain(name).replace("$", r"\$")  # no formula
+            axis.plot(places, values, color=colour, marker=marker, ms=4.5, lw=1.6, label=label, clip_on=False, zorder=3)
         # Doublings lie equally far apart, and so does 0 from the first strength above it.
         axis.set_xscale("symlog", base=2, linthresh=min(place for place in places if place), linscale=0.5)
         axis.set_xticks(places, [f"{place:g}" for place in places])
