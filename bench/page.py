@@ -1,6 +1,7 @@
-"""The tables of docs/performance.md, made from results/bench.json."""
+"""The tables of docs/performance.md, made from results/bench.json and results/memory.json."""
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 Parts = dict[str, Any]
@@ -15,7 +16,7 @@ def tables(parts: Parts) -> dict[str, list[str]]:
         "depth": by_depth(parts["by depth"]),
         "batch": by_batch(parts["by batch"]),
         "layout": layouts(parts),
-        "memory": memory(parts["memory"]),
+        "memory": memory([parts["memory fp32"], parts["memory bf16"]]),
         "memory by layers": memory_by_layers(parts["memory by layers"]),
         "others": others(parts),
     }
@@ -99,10 +100,12 @@ def layouts(parts: Parts) -> list[str]:
     return [*lines, "| default layout / channels-last | " + " | ".join(cells) + " |"]
 
 
-def memory(row: dict[str, Any]) -> list[str]:
-    lines = ["| step | MiB | share of PGD-AT |", "|---|---|---|"]
-    for name, used in row["bytes"].items():
-        lines.append(f"| {name} | {used / 2**20:.0f} | {used / row['bytes']['pgd-at']:.2f} |")
+def memory(rows: Sequence[dict[str, Any]]) -> list[str]:
+    header = " | ".join(f"{row['precision']}, batch {row['batch']}, MiB | share of PGD-AT" for row in rows)
+    lines = [f"| step | {header} |", "|---|" + "---|---|" * len(rows)]
+    for name in rows[0]["bytes"]:
+        used = [(row["bytes"][name] / 2**20, row["bytes"][name] / row["bytes"]["pgd-at"]) for row in rows]
+        lines.append(f"| {name} | " + " | ".join(f"{size:.0f} | {share:.2f}" for size, share in used) + " |")
     return lines
 
 

@@ -1,6 +1,7 @@
-"""Speed and memory, side by side in one run; writes results/bench.json and the tables of docs/performance.md.
+"""Speed and memory, side by side; writes results/bench.json, results/memory.json and the tables of docs/performance.md.
 
-    python bench/run.py            every part, about 20 minutes on two cores; leave the machine alone meanwhile
+    python bench/run.py            every part, about 30 minutes on two cores; leave the machine alone meanwhile
+    python bench/run.py memory     the memory of a step in fp32 and bf16 alone, which a busy machine does not disturb
     python bench/run.py tables     prints the tables again
 
 Contestants of a row run in turn in one process, in alternating order, after a round that warms up; a ratio is the
@@ -46,6 +47,7 @@ from clat.runs import environment
 from clat.threat import Threat
 
 TARGET = Path(__file__).parents[1] / "results/bench.json"
+MEMORY = TARGET.with_name("memory.json")
 BATCH = {"rn18": 16, "rn50": 4, "dn121": 4, "vgg19": 16, "preactrn18": 16, "wrn34-10": 2}  # a step takes some seconds
 REPEATS = 3
 EPOCH = 50_000  # images
@@ -330,8 +332,6 @@ def parts(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
         "peers": lambda: peers(device, 16, 2 * REPEATS),
         "convolutions": lambda: convolutions(device, 16),
         "criticality": lambda: criticality_cost(device, 8, 1),
-        "memory": lambda: memory(128, "fp32"),
-        "memory bf16": lambda: memory(64, "bf16"),
         "memory by layers": lambda: memory_by_layers((4, 16, 64)),
         "by batch": lambda: by_batch((4, 16, 64), device, 3),
         "by attack steps": lambda: by_steps((1, 2, 3, 4, 5, 10), device, 16, 3),
@@ -340,6 +340,10 @@ def parts(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
         **layouts,
         "compiled": lambda: compiled(device, 16, REPEATS),
     }
+
+
+def memory_parts() -> dict[str, Callable[[], dict[str, Any]]]:
+    return {"memory fp32": lambda: memory(64, "fp32"), "memory bf16": lambda: memory(64, "bf16")}
 
 
 def run(todo: dict[str, Callable[[], dict[str, Any]]], target: Path, device: str) -> dict[str, Any]:
@@ -361,11 +365,12 @@ def run(todo: dict[str, Callable[[], dict[str, Any]]], target: Path, device: str
 
 if __name__ == "__main__":
     device = best_device()
-    if sys.argv[1:2] == ["memory"]:
-        what, size, precision = sys.argv[2:]
+    arguments = sys.argv[1:]
+    if len(arguments) == 4:  # a process of ``in_own_process``
+        _, what, size, precision = arguments
         print(memory_of(what, int(size), cast(Precision, precision), device))
     else:
-        todo = {} if sys.argv[1:2] == ["tables"] else parts(device)
-        found = run(todo, TARGET, device)
-        for name, lines in tables(found["parts"]).items():
+        memory_found = json.loads(MEMORY.read_text()) if "tables" in arguments else run(memory_parts(), MEMORY, device)
+        found = json.loads(TARGET.read_text()) if arguments else run(parts(device), TARGET, device)
+        for name, lines in tables(found["parts"] | memory_found["parts"]).items():
             print(f"\n{name}\n", *lines, sep="\n")

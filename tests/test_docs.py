@@ -74,8 +74,8 @@ def test_the_performance_tables_are_those_of_their_result_files():
     from page import tables
 
     text = (ROOT / "docs/performance.md").read_text()
-    found = json.loads((ROOT / "results/bench.json").read_text())
-    for name, lines in tables(found["parts"]).items():
+    found = [json.loads((ROOT / f"results/{name}.json").read_text())["parts"] for name in ("bench", "memory")]
+    for name, lines in tables(found[0] | found[1]).items():
         assert "\n".join(lines) in text, name
     assert "\n".join(cheaper.markdown(json.loads((ROOT / "results/cheaper.json").read_text()))) in text
 

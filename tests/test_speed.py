@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,7 @@ def test_a_norm_stored_in_bf16_is_fixed_in_fp32():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_an_attack_in_bf16_keeps_no_more_tensors_than_in_fp32_and_half_the_bytes(name):
+def test_an_attack_in_bf16_keeps_half_the_bytes_of_one_in_fp32(name):
     model, _ = ready(name)
     model.requires_grad_(False)
     y, kept = torch.arange(4), {}
@@ -294,6 +295,13 @@ class Deep(nn.Sequential):
 BATCH = torch.rand(8, 3, 8, 8)
 
 
+class Narrow(nn.Sequential):
+    """Its gradients corrupt memory where oneDNN computes them channels-last."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 1, stride=2), nn.Flatten(), nn.Linear(4 * 16, 3))
+
+
 def simple() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
 
@@ -311,17 +319,24 @@ def test_auto_is_settled_by_the_device_and_by_nothing_else(monkeypatch, native):
     assert choose(model, BATCH, "fp32", "auto") == ("fp32", "channels-last")
 
 
-@pytest.mark.parametrize("network", [Viewing, Fickle, Deep])
+@pytest.mark.parametrize("network", [Viewing, Fickle, Deep, Narrow])
 def test_a_layout_that_the_network_does_not_bear_is_not_chosen(network):
     model = network()
     assert choose(model, BATCH, "fp32") == ("fp32", "default")
     assert layout_of(model) == "default"
 
 
-@pytest.mark.parametrize("network", [Viewing, Fickle, Deep])
+@pytest.mark.parametrize("network", [Viewing, Fickle, Deep, Narrow])
 def test_a_layout_that_is_asked_for_and_not_borne_is_said(network):
     with pytest.raises(InputError, match="leave it auto"):
         choose(network(), BATCH, layout="channels-last")
+
+
+def test_a_narrow_network_is_built_and_trained_in_the_layout_that_computes_its_gradients():
+    model = build_model("rn18", 10, width=4).train()
+    F.cross_entropy(model(torch.rand(2, 3, 32, 32)), torch.arange(2)).backward()  # channels-last, the process dies
+    assert choose(model, torch.rand(2, 3, 32, 32))[1] == layout_of(model) == "default"
+    assert layout_of(build_model("rn18", 10, width=16)) == "channels-last"
 
 
 def test_a_network_that_draws_in_its_forward_pass_bears_a_layout():
@@ -347,7 +362,7 @@ def test_the_choice_leaves_network_and_random_numbers_alone():
     [
         (("fp32", "channels-last"), "auto", "channels-last (--precision fp32 --layout channels-last)"),
         (("bf16", "default"), "default", "default layout (--precision bf16 --layout default)"),
-        (("fp32", "default"), "auto", "does not run or not score the same in channels-last (--precision fp32"),
+        (("fp32", "default"), "auto", "does not bear channels-last (--precision fp32"),
     ],
 )
 def test_what_was_chosen_is_said_with_the_flags_that_repeat_it(settled, asked, words):
@@ -367,6 +382,31 @@ def test_a_run_keeps_what_was_settled_and_gives_the_network_back_in_its_own_layo
     recipe.write_text(recipe.read_text().replace("layout: channels-last", "layout: default"))
     resumed = train(replace(CLAT, epochs=1), network(), blobs, out=tmp_path / "run", resume=True)
     assert (resumed.recipe["precision"], resumed.recipe["layout"]) == ("fp32", "default")
+
+
+def test_the_floors_run_in_the_precision_of_their_contestants(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import steps
+
+    pixels, y = steps.images(2, "cpu")
+    seen, kernels = set(), nn.Conv2d._conv_forward
+    monkeypatch.setattr(
+        nn.Conv2d, "_conv_forward", lambda *given: (output := kernels(*given), seen.add(output.dtype))[0]
+    )
+    for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+        recipes = {name: replace(getattr(steps, name), precision=precision) for name in ("PGD_AT", "FEATURE")}
+        for name, recipe in recipes.items():
+            monkeypatch.setattr(steps, name, recipe)
+        made = partial(steps.network, "rn18", "cpu", width=4)
+        for contestant in (
+            steps.ours(recipes["PGD_AT"], made(), pixels, y),
+            steps.pgd_at_floor(made(), pixels, y, steps=1),
+            steps.clat_floor(made(), pixels, y, (11,), feature=True, steps=1),
+            steps.clat_floor(made(), pixels, y, (11,), feature=False, steps=1),
+        ):
+            seen.clear()
+            contestant()
+            assert seen == {dtype}
 
 
 def test_the_bench_runs(tmp_path, monkeypatch):

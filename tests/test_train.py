@@ -128,7 +128,7 @@ pixels, labels = torch.load({data!r}, weights_only=True)
 data = Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train")
 recipe = replace(BASE, epochs=6, health=False) if {name!r} == "whole" else replace(
     CLAT, epochs=6, critical=Critical(k=2, every=2, momentum="keep", norm_statistics="selected"))
-recipe = replace(recipe, precision="fp32", layout="channels-last")
+recipe = replace(recipe, precision="fp32")
 print("started", flush=True)
 train(recipe, network(), data, out={out!r}, resume=True)
 print("finished", flush=True)

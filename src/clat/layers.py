@@ -141,6 +141,20 @@ def is_shortcut(name: str, module: nn.Module) -> bool:
     return bool(_SHORTCUT.search(name) or (pointwise and _POINTWISE_SHORTCUT.search(name)))
 
 
+def bears_channels_last(model: nn.Module) -> bool:
+    """False if the CPU would compute wrong gradients, or crash, with the kernels stored channels-last.
+
+    oneDNN's gradient of a strided 1x1 kernel writes past its memory if it has fewer input channels than a vector has
+    numbers (uxlfoundation/oneDNN issue 6035, seen with torch 2.14).
+    """
+    vector = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return not any(
+        layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < vector
+        for layer in convolutions
+    )
+
+
 def logits(output: Any) -> Tensor:
     """The class scores (batch, classes) in what a classifier returns: a tensor, ``.logits``, a dict or a tuple."""
     if isinstance(output, Mapping):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clat.errors import InputError
 from clat.evaluate import Precision, native_precision, seeded
-from clat.layers import logits
+from clat.layers import bears_channels_last, logits
 from clat.threat import Images, held
 
 Layout = Literal["auto", "default", "channels-last"]
@@ -51,7 +51,7 @@ def choose(
     wanted = ("channels-last" if x.device.type in CHANNELS_LAST else "default") if layout == "auto" else layout
     why = _refusal(model, x, wanted)
     if why and layout != "auto":
-        raise InputError(f"The network {why} with layout {layout}; leave it auto.")
+        raise InputError(f"With layout {layout} the network {why}; leave it auto.")
     if why:
         wanted = "default"
         set_layout(model, wanted)
@@ -62,12 +62,14 @@ def in_words(device: torch.device, precision: Precision, layout: Layout, asked: 
     """What was settled, with the flags that repeat it, and whether channels-last was refused for it."""
     refused = asked == "auto" and layout == "default" and device.type in CHANNELS_LAST
     words = "default layout" if layout == "default" else layout
-    words += ", as the network does not run or not score the same in channels-last" if refused else ""
+    words += ", as the network does not bear channels-last" if refused else ""
     return f"computes in {precision}, {words} (--precision {precision} --layout {layout})"
 
 
 def _refusal(model: nn.Module, x: Images, layout: Layout) -> str:
     """Why the network, which is put into the layout, does not bear it; empty if it does."""
+    if layout == "channels-last" and x.device.type == "cpu" and not bears_channels_last(model):
+        return "has strided 1x1 convolutions of too few channels, whose gradients this CPU gets wrong"
     before = layout_of(model)
     scores = _scores(model, x)
     try:

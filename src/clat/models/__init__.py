@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clat.errors import InputError
+from clat.layers import bears_channels_last
 from clat.models.densenet import dn121
 from clat.models.mixed import MAPS, MixedClassifier
 from clat.models.preact_resnet import preactrn18
@@ -129,7 +130,7 @@ def build_model(
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"Model {name} does not take these options: {error}.") from error
-    if ":" not in name:  # a user's own forward may rely on the layout of its activations
+    if ":" not in name and bears_channels_last(network):  # a user's own forward may rely on the layout of its activations
         network = network.to(memory_format=torch.channels_last)
     mean, std, source = _statistics(normalise, mean, std, channels, _own_statistics(name, network, options))
     inside = [spec for spec in (options.get("accurate"), options.get("robust")) if isinstance(spec, Mapping)]
