@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from clat.arrays import as_dataset
 from clat.attacks import Attack, pgd, pgd_attack, restarts
 from clat.data import Dataset, to_unit
 from clat.errors import InputError
@@ -127,7 +128,7 @@ class Progress:
 
 def evaluate(
     model: nn.Module,
-    data: Dataset,
+    data: Any,
     attacks: Threat | Sequence[Attack] | None = None,
     *,
     limit: int | None = None,
@@ -146,6 +147,7 @@ def evaluate(
 
     Args:
         model: takes pixels in [0, 1], returns class scores (batch, classes)
+        data: a ``Dataset``, or anything that ``as_dataset`` takes
         attacks: on one ball; a threat stands for one run of PGD, by default of 20 steps of eps/4 at eps 8/255
         limit: evaluate this many images, drawn at random by ``seed``
         workers: processes that decode images which are not kept in memory
@@ -160,6 +162,7 @@ def evaluate(
         InputError: images or labels that do not fit the network, attacks on different balls, class scores that are not
             finite or have no gradient, or a record that is damaged or not of this evaluation
     """
+    data = as_dataset(data)
     attacks = _attacks(attacks, seed)
     check_count("batch_size", batch_size)
     data = drawn(data, limit, seed)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from clat.arrays import as_dataset
 from clat.attacks import Norm, pgd, restarts
-from clat.data import Dataset
 from clat.errors import InputError
 from clat.evaluate import TOLERATED, Accuracy, Precision, Progress, evaluate, placed
 from clat.threat import Threat
@@ -56,7 +56,7 @@ class Curve:
 
 def sweep(
     model: nn.Module,
-    data: Dataset,
+    data: Any,
     over: Over,
     strengths: Sequence[float],
     *,
@@ -89,6 +89,7 @@ def sweep(
 
     Source: Figure 4 of the paper.
     """
+    data = as_dataset(data)
     attacks = threats(over, strengths, eps=eps, steps=steps, norm=norm)
     with placed([model], device):
         results = [

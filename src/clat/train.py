@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from clat.arrays import as_dataset
 from clat.averaging import Averaged
 from clat.checkpoint import load_tensors, load_weights, save_checkpoint, save_tensors
 from clat.data import Dataset, augment, to_unit
@@ -39,7 +40,7 @@ Value = TypeVar("Value")
 def train(
     recipe: Recipe,
     model: nn.Module,
-    data: Dataset,
+    data: Any,
     *,
     out: Path | str,
     resume: bool = False,
@@ -69,6 +70,7 @@ def train(
         HealthError: the loss is not finite, the accuracy stays at chance level, or the attack does not work
         IntegrityError: a frozen tensor changed or a selected one did not
     """
+    data = as_dataset(data)
     if type(workers) is not int or workers < 0:
         raise InputError(f"workers is {workers!r}; it must be 0 or more.")
     accelerator, place = _started(device)

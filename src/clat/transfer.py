@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from clat.arrays import as_dataset
 from clat.attacks import Attack, pgd, restarts
-from clat.data import Dataset, to_unit
+from clat.data import to_unit
 from clat.errors import InputError
 from clat.evaluate import (
     TOLERATED,
@@ -80,7 +81,7 @@ class Transfer:
 
 def transfer(
     models: Mapping[str, nn.Module],
-    data: Dataset,
+    data: Any,
     attacks: Attack | Sequence[Attack] | None = None,
     *,
     limit: int | None = None,
@@ -106,6 +107,7 @@ def transfer(
 
     Source: Table 2 and "Black-box robustness" in Section 4.2 of the paper.
     """
+    data = as_dataset(data)
     if len(models) < 2:
         raise InputError("Name at least two networks; the images attacked on one are measured on the others.")
     attacks = restarts(pgd("8/255", 20), seed=seed)[0] if attacks is None else attacks

@@ -130,7 +130,9 @@ def build_model(
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"Model {name} does not take these options: {error}.") from error
-    if ":" not in name and bears_channels_last(network):  # a user's own forward may rely on the layout of its activations
+    if ":" not in name and bears_channels_last(
+        network
+    ):  # a user's own forward may rely on the layout of its activations
         network = network.to(memory_format=torch.channels_last)
     mean, std, source = _statistics(normalise, mean, std, channels, _own_statistics(name, network, options))
     inside = [spec for spec in (options.get("accurate"), options.get("robust")) if isinstance(spec, Mapping)]

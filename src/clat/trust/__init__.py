@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from clat.arrays import as_dataset
 from clat.attacks import Norm
-from clat.data import Dataset, to_unit
+from clat.data import to_unit
 from clat.errors import InputError
 from clat.evaluate import Accuracy, check_count, check_fits, drawn, placed, seeded, weights_digest
 from clat.layers import named_layers, trace
@@ -54,7 +55,7 @@ class Verdict:
 
 def trust(
     model: nn.Module,
-    data: Dataset,
+    data: Any,
     eps: float | str = "8/255",
     norm: Norm = "linf",
     *,
@@ -76,6 +77,7 @@ def trust(
 
     Args:
         model: takes pixels in [0, 1], returns class scores (batch, classes)
+        data: a ``Dataset``, or anything that ``as_dataset`` takes
         eps, norm: the ball
         base: a surrogate for transfer attacks, such as the network before fine-tuning
         layers: dotted names of those that CLAT selected, for the attack through them; default the most critical 5 %
@@ -89,6 +91,7 @@ def trust(
         InputError: data that does not fit the network, class scores that are not finite, or a budget that is too
             short for the attack that the other checks are compared with
     """
+    data = as_dataset(data)
     began = time.perf_counter()
     check_count("batch_size", batch_size)
     data = drawn(data, limit, seed)

@@ -1,0 +1,1 @@
+"""Comparisons: arms that differ in what one asks about, trained on the same seeds and measured on the same images."""
