@@ -225,9 +225,9 @@ def test_an_attack_in_bf16_keeps_half_the_bytes_of_one_in_fp32(name):
         kept.clear()
         x = torch.rand(4, 3, 32, 32, requires_grad=True)
         keep = lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1]
-        with fixed_norms(model), autocast("cpu", precision):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                F.cross_entropy(model(x), y)
+        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+        with fixed_norms(model), autocast("cpu", precision), saved:
+            F.cross_entropy(model(x), y)
         own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
         features = [t for pointer, t in kept.items() if pointer not in own and t.dim() == 4 and len(t) == 4]
         return sum(t.untyped_storage().nbytes() for t in features)

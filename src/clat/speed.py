@@ -61,7 +61,7 @@ def choose(
 def in_words(device: torch.device, precision: Precision, layout: Layout, asked: Layout = "auto") -> str:
     """What was settled, with the flags that repeat it, and whether channels-last was refused for it."""
     refused = asked == "auto" and layout == "default" and device.type in CHANNELS_LAST
-    words = "default layout" if layout == "default" else layout
+    words = str("default layout" if layout == "default" else layout)
     words += ", as the network does not bear channels-last" if refused else ""
     return f"computes in {precision}, {words} (--precision {precision} --layout {layout})"
 
