@@ -215,6 +215,11 @@ PLANTED = {
     "dropout that ignores eval": (lambda m: [*m[:-1], Awake(0.3), m[-1]], {"deterministic", "mode"}, "8 (Awake)"),
     "functional dropout": (lambda m: [*m[:-1], Do(dropped), m[-1]], {"deterministic"}, "8 (Do)"),
     "probabilities": (lambda m: [*m, nn.Softmax(1)], {"logits"}, "probabilities"),
+    "argmax": (
+        lambda m: [*m, Do(lambda scores: F.one_hot(scores.argmax(1), 10))],
+        {"logits", "gradients"},
+        "Gradient attacks cannot see through this network",
+    ),
     "normalised outside": (lambda m: m[1:], {"normalisation"}, "normalised to mean and std of the data"),
     "normalised twice": (lambda m: [Do(lambda x: 2 * x - 1), *m], {"normalisation"}, "seems to normalise twice"),
     "no backward pass": (lambda m: [Do(torch.detach), *m], {"gradients"}, "the backward pass fails"),
@@ -250,7 +255,7 @@ def test_a_network_that_repeats_its_answer_near_what_it_has_seen(copyable, pgd_a
     assert verdict.robust == verdict.clean  # every attack fails
     evidence = finding(verdict, "state").evidence
     assert evidence["changed" if copyable else "repeated"] > 5
-    assert "depend on what it saw before, or repeat that (state)" in verdict.text
+    assert "depend on what it saw before, or repeat themselves around an image (state)" in verdict.text
 
 
 def test_a_quantising_front(undefended, test_images):

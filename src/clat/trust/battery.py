@@ -66,7 +66,7 @@ CHECKS: tuple[Check, ...] = (
         threshold="fail if significantly more than 0.2 points of scores, normalised, differ by over 0.01 (l2) from "
         "those of a copy that saw no neighbours, or if over half repeat a neighbour's",
         source=NO_THRESHOLD,
-        flaw="the network's answers depend on what it saw before, or repeat that",
+        flaw="the network's answers depend on what it saw before, or repeat themselves around an image",
         run=checks.state,
         passes=(NEIGHBOURS + 3) * FORWARD,
     ),

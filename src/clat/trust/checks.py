@@ -167,7 +167,8 @@ def state(s: Subject) -> Outcome:
     seen = [class_scores(used, images) for images in (x, *(neighbour() for _ in range(NEIGHBOURS)))]
     after = class_scores(used, asked.flip(0)).flip(0)
     changed = int(((F.normalize(after) - F.normalize(alone)).norm(dim=1) > 0.01).sum())
-    repeated = int((seen[0] == alone).all(1).sum())
+    own = (alone[:, None] == alone).all(2).sum(1) == 1  # far images too may get the same, as of an argmax
+    repeated = int(((seen[0] == alone).all(1) & own).sum())
     evidence = {"changed": changed, "repeated": repeated, "images": len(x)}
     text = (
         f"of {len(x)} images, {changed} get other scores after their neighbours than without them, and {repeated} the "
