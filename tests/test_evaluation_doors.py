@@ -272,7 +272,7 @@ def test_a_network_without_a_gradient_is_named_and_can_be_attacked_without(optio
 
 
 @pytest.mark.parametrize("option", ["nan", "nan away from the data"])
-@pytest.mark.parametrize("attack", [pgd(0.1, 3), [apgd_ce(0.1, steps=3)], [square(0.1, queries=9)]], ids=repr)
+@pytest.mark.parametrize("attack", [pgd(0.1, 3), [apgd_ce(0.1, steps=3)], [square(0.1, queries=9)]], ids=("pgd", "apgd", "square"))
 def test_scores_that_are_not_finite_are_no_accuracy(option, attack, few):
     model = Seen(option)
     with pytest.raises(InputError, match="not finite"):
