@@ -39,12 +39,12 @@ from steps import (
 )
 from torch import nn
 
-from clat.criticality import attack_output, criticality
-from clat.data import to_unit
-from clat.evaluate import Precision, best_device, native_precision
+from clat.compute import Precision, best_device, native_precision
+from clat.criticality import criticality
+from clat.data.dataset import to_unit
 from clat.files import write_text
-from clat.runs import environment
-from clat.threat import Threat
+from clat.threat import Threat, attack_output
+from clat.training.runs import environment
 
 TARGET = Path(__file__).parents[1] / "results/bench.json"
 MEMORY = TARGET.with_name("memory.json")

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from clat import build_model
-from clat.data import Dataset, augment, to_unit
-from clat.evaluate import autocast
+from clat.compute import autocast
+from clat.data.dataset import Dataset, augment, to_unit
 from clat.layers import trace
 from clat.models import Normalized
 from clat.objectives import Clat
-from clat.recipe import Recipe
-from clat.runs import Run
-from clat.train import _Trainer
+from clat.training.loop import _Trainer
+from clat.training.recipe import Recipe
+from clat.training.runs import Run
 from clat.tuners import Selection
 
 Step = Callable[[], Any]

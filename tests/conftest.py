@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from clat.checkpoint import load_tensors
-from clat.data import Dataset
-from clat.integrity import same_bits
+from clat.data.dataset import Dataset
 from clat.models import Normalized, build_model
+from clat.network import same_bits
 
 torch.set_num_threads(1)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from clat.attacks import apgd_ce, apgd_targeted, autoattack, fab_targeted, pgd, restarts, square, square_takes, tier
-from clat.data import Dataset
+from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.evaluate import evaluate
+from clat.evaluation.evaluate import evaluate
 
 EPS = 8 / 255
 

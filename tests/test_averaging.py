@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clat.averaging import Average, Averaged
 from clat.checkpoint import load_checkpoint, load_tensors
 from clat.errors import InputError
-from clat.evaluate import evaluate
-from clat.integrity import same_bits, snapshot
+from clat.evaluation.evaluate import evaluate
 from clat.models import build_model
-from clat.recipe import Recipe
+from clat.network import same_bits, snapshot
 from clat.threat import Threat
-from clat.train import _Trainer, train
+from clat.training.averaging import Average, Averaged
+from clat.training.loop import _Trainer, train
+from clat.training.recipe import Recipe
 from conftest import Plain, dies_before
 
 RECIPE = Recipe(

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clat.awp import Awp
 from clat.errors import InputError
-from clat.integrity import same_bits, snapshot
+from clat.network import same_bits, snapshot
 from clat.objectives import OBJECTIVES, FreeAt, GradAlign
 from clat.threat import Threat
+from clat.training.awp import Awp
 
 
 def backward(model, x, y):

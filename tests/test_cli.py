@@ -7,12 +7,12 @@ import pytest
 import torch
 import yaml
 
-from clat.arguments import parse as parse_for
 from clat.checkpoint import load_tensors, save_checkpoint
-from clat.cli import main
-from clat.commands import COMMANDS
+from clat.cli.arguments import parse as parse_for
+from clat.cli.commands import COMMANDS
+from clat.cli.main import main
 from clat.models import build_model
-from clat.recipe import Recipe
+from clat.training.recipe import Recipe
 
 TINY = ["--holdout", "200", "--batch-size", "64", "--threat.steps", "1", "--validation_steps", "1", "--health", "false"]
 
@@ -20,7 +20,7 @@ TINY = ["--holdout", "200", "--batch-size", "64", "--threat.steps", "1", "--vali
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """The embedded data, but its first 600 training and 100 test images."""
-    from clat.commands import shared
+    from clat.cli import shared
 
     real = shared.load_data
 
@@ -111,7 +111,7 @@ def test_layers_prints_a_ranking_and_writes_it(checkpoint, tmp_path, capsys):
 
 
 def test_every_shipped_recipe_loads():
-    from clat.recipe import recipe_path
+    from clat.training.recipe import recipe_path
 
     for path in recipe_path("clat").parent.glob("*.yaml"):
         _, values = parse(["train", path.stem, "--model", "rn18", *DATA, "--out", "x"])
@@ -142,8 +142,8 @@ def test_a_protocol_lies_over_the_recipe_and_under_the_scale(method):
 
 
 def test_every_overlay_is_offered():
-    from clat.arguments import OVERLAYS
-    from clat.recipe import recipe_path
+    from clat.cli.arguments import OVERLAYS
+    from clat.training.recipe import recipe_path
 
     recipes = recipe_path("clat").parent
     assert {path.relative_to(recipes).with_suffix("").as_posix() for path in recipes.glob("*/*.yaml")} == {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import clat
-from clat.arguments import RECIPE_COMMANDS, USAGE, table
-from clat.cli import main
+from clat.cli.arguments import RECIPE_COMMANDS, USAGE, table
+from clat.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 REST = ["--model", "rn18", "--data", "x", "--out", "y"]
@@ -31,7 +31,7 @@ def refused(capsys, *arguments):
 def test_the_table_is_that_of_the_commands_and_recipes():
     sys.path.insert(0, str(ROOT / "tools"))
     made = importlib.import_module("make_flags").written()
-    assert made == (ROOT / "src/clat/flags.json").read_text(), "run tools/make_flags.py"
+    assert made == (ROOT / "src/clat/cli/flags.json").read_text(), "run tools/make_flags.py"
     assert list(USAGE) == list(table()["commands"])
 
 
@@ -125,8 +125,8 @@ def test_what_is_no_file_is_refused(tmp_path, capsys, name):
 
 
 def test_the_last_word_has_the_flag_then_the_scale_then_the_file(tmp_path):
-    from clat.arguments import parse
-    from clat.commands import COMMANDS
+    from clat.cli.arguments import parse
+    from clat.cli.commands import COMMANDS
 
     (tmp_path / "mine.yaml").write_text("epochs: 7\nlr: 1e-3\nthreat: {steps: 3}\n")
     over = ["train", "pgd-at", "--config", str(tmp_path / "mine.yaml"), *REST]
@@ -192,7 +192,7 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
 
 
 def test_a_bug_stays_a_traceback(monkeypatch):
-    from clat import commands
+    from clat.cli import commands
 
     def broken(**_):
         raise RuntimeError("a bug")
@@ -205,7 +205,7 @@ def test_a_bug_stays_a_traceback(monkeypatch):
 def test_public_names_stay_functions_whatever_was_imported_before():
     code, printed, errors = run(
         python="""
-import clat.evaluate, clat.train, clat.layers, clat.criticality, clat.trust
+import clat.evaluation.evaluate, clat.training.loop, clat.layers, clat.criticality, clat.evaluation.trust
 from clat import train, trust
 assert callable(train) and callable(trust) and callable(clat.evaluate) and callable(clat.layers)
 assert clat.train is train and clat.data.__name__ == "clat.data"
@@ -222,4 +222,4 @@ except AttributeError as error:
 
 
 def test_the_table_is_json_that_a_wheel_can_carry():
-    assert json.loads((ROOT / "src/clat/flags.json").read_text()) == table()
+    assert json.loads((ROOT / "src/clat/cli/flags.json").read_text()) == table()

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clat.arguments import parse
-from clat.commands import COMMANDS
+from clat.cli.arguments import parse
+from clat.cli.commands import COMMANDS
 from clat.compare.plan import comparison, comparison_path, load_comparison
 from clat.errors import InputError
 

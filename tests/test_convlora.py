@@ -7,15 +7,16 @@ import torch
 from torch import nn
 
 from clat.checkpoint import load_checkpoint, load_tensors
+from clat.compute import autocast
 from clat.errors import InputError
-from clat.evaluate import autocast
-from clat.health import HealthError
-from clat.integrity import same_bits, snapshot, status_since
 from clat.models import build_model
+from clat.network import same_bits, snapshot
 from clat.objectives import FastAt
-from clat.recipe import Recipe
 from clat.threat import Threat
-from clat.train import train
+from clat.training.health import HealthError
+from clat.training.integrity import status_since
+from clat.training.loop import train
+from clat.training.recipe import Recipe
 from clat.tuners import ConvLora
 from clat.tuners.convlora import adapted_layers, merge, merged_state
 from conftest import dies_before, same_tensors

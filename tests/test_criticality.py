@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, _scores, attack_output, criticality, layer_count, ranked, top
+from clat.criticality import LayerScore, _scores, criticality, layer_count, ranked, top
 from clat.errors import InputError
 from clat.layers import Call, layers
-from clat.threat import Threat
+from clat.threat import Threat, attack_output
 
 EPS = 0.1
 

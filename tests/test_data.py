@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import clat
-from clat import data as data_module
-from clat.data import EMBEDDED, Dataset, augment, load_data, to_unit
+from clat.data import dataset as data_module
+from clat.data.dataset import EMBEDDED, Dataset, augment, load_data, to_unit
 from clat.errors import InputError
 
 LABEL = datasets.Value("int64")

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
-from clat import data as data_module
-from clat.arrays import as_dataset
-from clat.cli import main
-from clat.commands import shared
-from clat.commands.shared import data_named, fitting
-from clat.data import Dataset, load_data
+from clat.cli import shared
+from clat.cli.main import main
+from clat.cli.shared import data_named, fitting
+from clat.data import dataset as data_module
+from clat.data.arrays import as_dataset
+from clat.data.dataset import Dataset, load_data
 from clat.errors import InputError
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from clat import demo
+from clat.cli import demo
 
 
 def test_the_demo_prints_what_came_out(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clat.models import MODELS
-from clat.recipe import Recipe
+from clat.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from clat.attacks import pgd
-from clat.data import Dataset
+from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.evaluate import Accuracy, evaluate
-from clat.integrity import same_bits, snapshot
+from clat.evaluation.accuracy import Accuracy
+from clat.evaluation.evaluate import evaluate
+from clat.network import same_bits, snapshot
 
 
 @pytest.mark.parametrize(

@@ -10,24 +10,30 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from clat import InputError, cli, evaluate
+from clat import InputError
 from clat.attacks import apgd_ce, pgd, square, tier
 from clat.checkpoint import save_checkpoint
-from clat.commands import shared
-from clat.commands.evaluation import _showing
-from clat.commands.shared import assumed, device_named
-from clat.data import Dataset
-from clat.evaluate import Progress, _content_digest, check_fits, find_device, pass_seconds, placed
-from clat.integrity import LayerStatus
+from clat.cli import main as cli
+from clat.cli import shared
+from clat.cli.evaluation import _showing
+from clat.cli.pictures import draw_curves
+from clat.cli.shared import assumed, device_named
+from clat.cli.tables import Name, apart, layer_table, status_table, sweep_table, transfer_table, trust_table
+from clat.compute import find_device, placed
+from clat.data.dataset import Dataset
+from clat.evaluation import evaluate
+from clat.evaluation.cost import pass_seconds
+from clat.evaluation.evaluate import Progress
+from clat.evaluation.fits import check_fits
+from clat.evaluation.record import _content_digest
+from clat.evaluation.sweep import sweep
+from clat.evaluation.transfer import transfer
+from clat.evaluation.trust import trust
 from clat.layers import named_layers
 from clat.models import Normalized, build_model
-from clat.pictures import draw_curves
 from clat.structure import structure_digest
-from clat.sweep import sweep
-from clat.tables import Name, apart, layer_table, status_table, sweep_table, transfer_table, trust_table
 from clat.threat import NoGradientError
-from clat.transfer import transfer
-from clat.trust import trust
+from clat.training.integrity import LayerStatus
 
 HOSTILE = "a[/x]b\x1b[31m\nc"
 
@@ -90,7 +96,7 @@ def test_a_spec_and_a_version_are_part_of_a_records_identity(few, tmp_path, monk
     for width in (1, 2):
         model.spec = {"name": "seen", "width": width}
         evaluate(model, few, pgd(0.1, 1), record=tmp_path)
-    monkeypatch.setattr(sys.modules["clat.evaluate"], "version", lambda _: "99")
+    monkeypatch.setattr(sys.modules["clat.evaluation.evaluate"], "version", lambda _: "99")
     assert evaluate(model, few, pgd(0.1, 1), record=tmp_path).from_record == ""
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -272,7 +278,9 @@ def test_a_network_without_a_gradient_is_named_and_can_be_attacked_without(optio
 
 
 @pytest.mark.parametrize("option", ["nan", "nan away from the data"])
-@pytest.mark.parametrize("attack", [pgd(0.1, 3), [apgd_ce(0.1, steps=3)], [square(0.1, queries=9)]], ids=("pgd", "apgd", "square"))
+@pytest.mark.parametrize(
+    "attack", [pgd(0.1, 3), [apgd_ce(0.1, steps=3)], [square(0.1, queries=9)]], ids=("pgd", "apgd", "square")
+)
 def test_scores_that_are_not_finite_are_no_accuracy(option, attack, few):
     model = Seen(option)
     with pytest.raises(InputError, match="not finite"):

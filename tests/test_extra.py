@@ -10,15 +10,15 @@ from PIL import Image
 from torch import nn
 
 from clat.checkpoint import load_checkpoint
-from clat.data import to_unit
+from clat.data.dataset import to_unit
 from clat.errors import InputError
-from clat.evaluate import predict
-from clat.extra import Extra
 from clat.models import build_model
-from clat.recipe import Recipe
-from clat.runs import Run
+from clat.network import predict
 from clat.threat import Threat
-from clat.train import _Trainer, train
+from clat.training.extra import Extra
+from clat.training.loop import _Trainer, train
+from clat.training.recipe import Recipe
+from clat.training.runs import Run
 from conftest import dies_before, same_tensors
 
 BASE = Recipe(

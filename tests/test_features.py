@@ -8,12 +8,13 @@ from torch import nn
 
 from clat.attacks import Attack, activation, pgd, restarts, through_layers
 from clat.attacks.features import margin
-from clat.data import Dataset
+from clat.compute import seeded
+from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.evaluate import evaluate, seeded
-from clat.integrity import same_bits, snapshot
-from clat.layers import feature_distance
-from clat.threat import Threat, ascend, held
+from clat.evaluation.evaluate import evaluate
+from clat.features import feature_distance
+from clat.network import held, same_bits, snapshot
+from clat.threat import Threat, ascend
 
 EPS = 8 / 255
 

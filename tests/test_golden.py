@@ -24,11 +24,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from clat import Dataset, Recipe, build_model, train
-from clat.arguments import parse
+from clat import Dataset, Recipe, build_model
 from clat.checkpoint import load_checkpoint
-from clat.commands import COMMANDS
-from clat.runs import environment
+from clat.cli.arguments import parse
+from clat.cli.commands import COMMANDS
+from clat.training import loop as train
+from clat.training.runs import environment
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clat.checkpoint import load_checkpoint
-from clat.cli import main
-from clat.data import load_data, to_unit
+from clat.cli.main import main
+from clat.data.dataset import load_data, to_unit
 from clat.errors import InputError
 from clat.models import build_model
 from clat.models.importing import SCHEMES, import_weights

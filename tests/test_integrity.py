@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from clat.integrity import IntegrityError, fingerprint, same_bits, snapshot, status, status_since, verify
+from clat.network import fingerprint, same_bits, snapshot
+from clat.training.integrity import IntegrityError, status, status_since, verify
 from clat.tuners import Selection
 
 SELECTION = Selection(epoch=1, layers=("second",), trainable=("second.weight", "second.bias"))

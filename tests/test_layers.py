@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from clat.errors import InputError
-from clat.integrity import same_bits, snapshot
-from clat.layers import layers, logits, observe, trace, trained_layers
+from clat.features import observe
+from clat.layers import layers, trace, trained_layers
 from clat.models import build_model
+from clat.network import logits, same_bits, snapshot
 
 
 class Twice(nn.Module):

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clat.averaging import Average, Averaged
-from clat.awp import Awp
-from clat.data import augment, to_unit
+from clat.data.dataset import augment, to_unit
 from clat.models import Normalized
 from clat.objectives import OBJECTIVES, Clat, Score
-from clat.optimizer import make_optimizer
-from clat.recipe import Recipe
 from clat.threat import Threat
+from clat.training.averaging import Average, Averaged
+from clat.training.awp import Awp
+from clat.training.optimizer import make_optimizer
+from clat.training.recipe import Recipe
 from clat.tuners import TUNERS, ConvLora, Critical, Rift
 from clat.tuners.convlora import merge
 from conftest import Plain

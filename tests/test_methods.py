@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from clat.awp import Awp
 from clat.checkpoint import load_tensors
 from clat.errors import InputError
-from clat.integrity import same_bits
 from clat.models import build_model
+from clat.network import same_bits
 from clat.objectives import FastAt, FreeAt, Mart, Trades
-from clat.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
-from clat.recipe import Recipe
 from clat.threat import Threat
-from clat.train import train
+from clat.training.awp import Awp
+from clat.training.loop import train
+from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from clat.training.recipe import Recipe
 from conftest import Plain, dies_before, same_tensors
 
 ONE_STEP = Threat(eps=0.1, step=0.1, steps=1)

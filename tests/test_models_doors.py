@@ -11,15 +11,15 @@ from torch import nn
 
 from clat import export_weights, load_checkpoint
 from clat.checkpoint import load_tensors, save_checkpoint
-from clat.cli import main
-from clat.commands import shared
-from clat.commands.shared import checkpoint_named, network_named
-from clat.data import Dataset
+from clat.cli import shared
+from clat.cli.main import main
+from clat.cli.shared import checkpoint_named, network_named
+from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.models import IMAGENET, build_model, normalisation_of
 from clat.models.importing import import_weights
-from clat.recipe import Recipe
-from clat.train import train
+from clat.training.loop import train
+from clat.training.recipe import Recipe
 
 NETWORK = """
 import torch

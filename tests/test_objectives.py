@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from clat.errors import InputError
-from clat.integrity import same_bits, snapshot
+from clat.network import same_bits, snapshot
 from clat.objectives import OBJECTIVES, Clat, FastAt, FreeAt, GradAlign, Mart, PgdAt, Score, Trades
 from clat.threat import Threat, ascend
 

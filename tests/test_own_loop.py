@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clat
 from clat import CLAT, InputError, IntegrityError
-from clat.integrity import same_bits, snapshot
+from clat.network import same_bits, snapshot
 from clat.objectives import Clat
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from clat.attacks import apgd_ce, apgd_targeted, autoattack, fab_targeted, pgd, square
-from clat.data import Dataset
-from clat.evaluate import evaluate
+from clat.data.dataset import Dataset
+from clat.evaluation.evaluate import evaluate
 from clat.threat import Threat, ascend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

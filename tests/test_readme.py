@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 
-from clat.cli import main
+from clat.cli.main import main
 from clat.models import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Sixty images in a local folder answer to the names of data sets that a hub would serve."""
-    from clat.commands import shared
+    from clat.cli import shared
 
     real = shared.load_data
     table = datasets.load_dataset(str(ROOT / "src/clat/embedded"), split="train").select(range(60))

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from clat.checkpoint import load_checkpoint, load_tensors
-from clat.criticality import attack_output
 from clat.errors import InputError
-from clat.integrity import same_bits, snapshot
 from clat.models import build_model
-from clat.recipe import Recipe
-from clat.threat import Threat
-from clat.train import train
+from clat.network import same_bits, snapshot
+from clat.threat import Threat, attack_output
+from clat.training.loop import train
+from clat.training.recipe import Recipe
 from clat.tuners import Rift
 from clat.tuners.rift import Point, choose, risk, worst_risk
 from conftest import dies_before, same_tensors

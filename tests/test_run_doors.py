@@ -16,15 +16,16 @@ from torch import nn
 
 from clat import checkpoint
 from clat.checkpoint import load_tensors, load_weights
-from clat.cli import main
-from clat.data import Dataset
+from clat.cli.main import main
+from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.integrity import IntegrityError, snapshot, verify
 from clat.models import build_model
-from clat.recipe import Recipe
-from clat.runs import Run
+from clat.network import snapshot
 from clat.threat import Threat
-from clat.train import _started, _Trainer, train
+from clat.training.integrity import IntegrityError, verify
+from clat.training.loop import _started, _Trainer, train
+from clat.training.recipe import Recipe
+from clat.training.runs import Run
 from clat.tuners import Critical, Whole
 from conftest import same_tensors
 
@@ -595,7 +596,7 @@ def test_a_disk_that_is_really_full_loses_nothing(data, tmp_path):
 
 
 def test_ctrl_c_in_training_ends_with_130_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    from clat.commands import shared
+    from clat.cli import shared
 
     real = shared.load_data
     monkeypatch.setattr(

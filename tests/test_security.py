@@ -12,12 +12,12 @@ from safetensors.torch import save, save_file
 
 from clat import export_weights, load_checkpoint
 from clat.checkpoint import KEY, load_tensors, save_checkpoint, save_tensors
-from clat.cli import main
-from clat.commands import shared
+from clat.cli import shared
+from clat.cli.main import main
 from clat.errors import DamagedError, InputError
-from clat.extra import Extra
 from clat.models import build_model
-from clat.runs import Run
+from clat.training.extra import Extra
+from clat.training.runs import Run
 
 DATA = ["--data", "fashion-mnist-mini"]
 

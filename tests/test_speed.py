@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
+from clat.batchnorm import fixed_norms
+from clat.compute import autocast, choose, in_words, layout_of
 from clat.errors import InputError
-from clat.evaluate import autocast
-from clat.layers import observe, record, trace
+from clat.features import observe, record
+from clat.layers import trace
 from clat.models import build_model
 from clat.objectives import Clat
-from clat.speed import choose, in_words, layout_of
-from clat.threat import Threat, ascend, fixed_norms
-from clat.train import train
+from clat.threat import Threat, ascend
+from clat.training.loop import train
 from test_train import CLAT, network
 
 SMALL = {
@@ -308,7 +309,7 @@ def simple() -> nn.Module:
 
 @pytest.mark.parametrize("native", ["fp32", "bf16"])
 def test_auto_is_settled_by_the_device_and_by_nothing_else(monkeypatch, native):
-    monkeypatch.setattr("clat.speed.native_precision", lambda _: native)
+    monkeypatch.setattr("clat.compute.native_precision", lambda _: native)
     monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("timed"))
     for _ in range(3):
         model = simple()
@@ -370,14 +371,14 @@ def test_what_was_chosen_is_said_with_the_flags_that_repeat_it(settled, asked, w
 
 
 def test_a_run_keeps_what_was_settled_and_gives_the_network_back_in_its_own_layout(blobs, tmp_path, monkeypatch):
-    monkeypatch.setattr("clat.speed.native_precision", lambda _: "fp32")
+    monkeypatch.setattr("clat.compute.native_precision", lambda _: "fp32")
     model = network().to(memory_format=torch.contiguous_format)
     printed = io.StringIO()
     run = train(replace(CLAT, epochs=1), model, blobs, out=tmp_path / "run", console=Console(file=printed, width=200))
     assert (run.recipe["precision"], run.recipe["layout"]) == ("fp32", "channels-last")
     assert layout_of(model) == "default"
     assert "computes in fp32, channels-last (--precision fp32 --layout channels-last)" in printed.getvalue()
-    monkeypatch.setattr("clat.speed.native_precision", lambda _: "bf16")
+    monkeypatch.setattr("clat.compute.native_precision", lambda _: "bf16")
     recipe = run.folder / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("layout: channels-last", "layout: default"))
     resumed = train(replace(CLAT, epochs=1), network(), blobs, out=tmp_path / "run", resume=True)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from clat import cli
 from clat.checkpoint import save_checkpoint
-from clat.data import Dataset
+from clat.cli import main as cli
+from clat.cli.pictures import draw_curves
+from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.evaluate import Accuracy
+from clat.evaluation.accuracy import Accuracy
+from clat.evaluation.sweep import Curve, Point, sweep
 from clat.models import build_model
-from clat.pictures import draw_curves
-from clat.sweep import Curve, Point, sweep
 
 
 class Brightness(nn.Module):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clat.errors import InputError
-from clat.integrity import same_bits, snapshot
-from clat.threat import Threat, ascend, check_images, fraction, held
+from clat.network import check_images, held, same_bits, snapshot
+from clat.threat import Threat, ascend, fraction
 
 LINEAR = torch.nn.Identity()
 

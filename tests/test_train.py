@@ -14,15 +14,16 @@ import torch
 from torch import nn
 
 from clat.checkpoint import load_checkpoint, load_tensors
-from clat.data import Dataset
+from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.health import HealthError
-from clat.integrity import IntegrityError, same_bits, status_since
 from clat.models import build_model
+from clat.network import same_bits
 from clat.objectives import Clat
-from clat.recipe import Recipe
 from clat.threat import Threat
-from clat.train import _Trainer, train
+from clat.training.health import HealthError
+from clat.training.integrity import IntegrityError, status_since
+from clat.training.loop import _Trainer, train
+from clat.training.recipe import Recipe
 from clat.tuners import Critical
 from conftest import dies_before, same_tensors
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from clat import cli
 from clat.attacks import activation, pgd, restarts
 from clat.checkpoint import save_checkpoint
-from clat.data import Dataset
+from clat.cli import main as cli
+from clat.data.dataset import Dataset
 from clat.errors import InputError
+from clat.evaluation.transfer import transfer
 from clat.models import build_model
-from clat.transfer import transfer
 
 EPS = 8 / 255
 

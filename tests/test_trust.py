@@ -10,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat import InputError, Verdict, trust
+from clat import InputError, Verdict
 from clat.attacks import apgd_ce
 from clat.checkpoint import save_checkpoint
-from clat.cli import main
-from clat.data import Dataset, load_data, to_unit
-from clat.evaluate import native_precision
-from clat.integrity import same_bits, snapshot
+from clat.cli.main import main
+from clat.compute import native_precision
+from clat.data.dataset import Dataset, load_data, to_unit
+from clat.evaluation import trust
+from clat.evaluation.trust.battery import CHECKS, NEEDED
+from clat.evaluation.trust.check import Check, grade
+from clat.evaluation.trust.checks import beaten_by
 from clat.layers import layers
 from clat.models import MODELS, build_model
 from clat.models.spec import OPTIONS
+from clat.network import same_bits, snapshot
 from clat.threat import Threat, ascend
-from clat.trust.battery import CHECKS, NEEDED
-from clat.trust.check import Check, grade
-from clat.trust.checks import beaten_by
 
 MEAN, STD = 0.29, 0.33  # of the pixels
 EARLY = CHECKS[: [check.id for check in CHECKS].index("square")]
@@ -374,7 +375,7 @@ def sound_factory(classes: int, channels: int) -> nn.Module:  # noqa: ARG001
 
 @pytest.mark.parametrize(("factory", "code"), [("sound_factory", 0), ("quantised_factory", 1)])
 def test_the_command(factory, code, undefended, test_images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("clat.commands.shared.load_data", lambda source, split: test_images)
+    monkeypatch.setattr("clat.cli.shared.load_data", lambda source, split: test_images)
     monkeypatch.setitem(MODELS, factory, globals()[factory])  # a file may name a network of the library
     monkeypatch.setitem(OPTIONS, factory, {})
     model = build_model(factory, 10, channels=1)

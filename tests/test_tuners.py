@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from clat.criticality import attack_output, criticality, top
+from clat.criticality import criticality, top
 from clat.errors import InputError
-from clat.integrity import same_bits, snapshot
-from clat.threat import Threat
+from clat.network import same_bits, snapshot
+from clat.threat import Threat, attack_output
 from clat.tuners import TUNERS, ConvLora, Critical, Rift, Selection, Whole
 from clat.tuners.convlora import merge
 

@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from clat import CLAT, InputError, Recipe, Threat, attack_output, criticality, layers, top
-from clat.arguments import _entries, parse
-from clat.averaging import Average
-from clat.awp import Awp
-from clat.checks import annotations, block_of, build
-from clat.commands import COMMANDS
-from clat.extra import Extra
+from clat.cli.arguments import _entries, parse
+from clat.cli.commands import COMMANDS
+from clat.inputs import annotations, block_of, build
 from clat.objectives import OBJECTIVES, Clat, Score
 from clat.threat import fraction
+from clat.training.averaging import Average
+from clat.training.awp import Awp
+from clat.training.extra import Extra
 from clat.tuners import TUNERS, ConvLora, Critical, Rift
 
 REST = ["--model", "rn18", "--data", "x", "--out", "y"]

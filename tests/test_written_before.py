@@ -18,7 +18,7 @@ from PIL import Image
 
 from clat import Run
 from clat.checkpoint import load_checkpoint, load_tensors
-from clat.cli import main
+from clat.cli.main import main
 
 BEFORE = Path(__file__).with_name("written_before")
 CLASSES = ("bottom", "middle", "top")

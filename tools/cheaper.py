@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from clat import evaluate, load_data
+from clat import load_data
 from clat.attacks import pgd
 from clat.checkpoint import load_checkpoint
-from clat.data import Dataset
-from clat.evaluate import Accuracy
+from clat.cli.tables import percent
+from clat.data.dataset import Dataset
+from clat.evaluation import evaluate
+from clat.evaluation.accuracy import Accuracy
 from clat.files import write_text
-from clat.runs import Run
-from clat.tables import percent
+from clat.training.runs import Run
 
 FEATURE = ("--clat.attack", "feature")
 # name: epochs, flags; the first one is clat.yaml as it is

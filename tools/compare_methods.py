@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clat import evaluate, load_data
+from clat import load_data
 from clat.attacks import pgd
 from clat.checkpoint import load_checkpoint
-from clat.evaluate import Accuracy
-from clat.runs import Run
+from clat.evaluation import evaluate
+from clat.evaluation.accuracy import Accuracy
+from clat.training.runs import Run
 
 BASE = "pgd-at"
 FROM_SCRATCH = (BASE, "clean", "trades", "mart", "score", "awp", "fast-at", "free-at", "grad-align")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from clat import CLAT, build_model
-from clat.runs import environment
+from clat.training.runs import environment
 
 NETWORKS = {
     "rn18": 1,

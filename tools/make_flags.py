@@ -1,4 +1,4 @@
-"""Makes src/clat/flags.json, the table of the command line, from the commands' signatures and docstrings.
+"""Makes src/clat/cli/flags.json, the table of the command line, from the commands' signatures and docstrings.
 
 Run it after a change to a command's or a recipe's keys: .venv/bin/python tools/make_flags.py
 """
@@ -11,14 +11,14 @@ from typing import Any, Literal, get_args, get_origin
 
 import docstring_parser
 
-from clat.arguments import OVERLAYS, RECIPE_COMMANDS, Command
-from clat.checks import annotations, block_of
-from clat.commands import COMMANDS
+from clat.cli.arguments import OVERLAYS, RECIPE_COMMANDS, Command
+from clat.cli.commands import COMMANDS
+from clat.inputs import annotations, block_of
 from clat.objectives import OBJECTIVES
-from clat.recipe import Recipe
+from clat.training.recipe import Recipe
 from clat.tuners import TUNERS
 
-TABLE = Path(__file__).parents[1] / "src/clat/flags.json"
+TABLE = Path(__file__).parents[1] / "src/clat/cli/flags.json"
 METAVARS = {int: "N", float: "NUMBER", int | float: "NUMBER", bool: "true|false", float | str: "NUMBER"}
 
 WORDS = {"objective": list(OBJECTIVES), "tuner": list(TUNERS)}

@@ -23,15 +23,19 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from clat import evaluate, load_data
+from clat import load_data
 from clat.attacks import Attack, apgd_ce, autoattack, pgd, pgd_attack
 from clat.checkpoint import load_checkpoint
-from clat.data import Dataset, to_unit
-from clat.evaluate import Accuracy, best_device, drawn, predict, seeded, weights_digest
+from clat.compute import best_device, seeded
+from clat.data.dataset import Dataset, to_unit
+from clat.evaluation import evaluate
+from clat.evaluation.accuracy import Accuracy
+from clat.evaluation.evaluate import drawn
 from clat.files import write_text
 from clat.models.importing import import_weights
-from clat.runs import environment
-from clat.threat import Images, Labels, Threat
+from clat.network import Images, Labels, predict, weights_digest
+from clat.threat import Threat
+from clat.training.runs import environment
 
 TARGET = Path(__file__).parents[1] / "results/peers.json"
 BATCH = 128

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from clat import evaluate, load_data, trust
+from clat import load_data
 from clat.attacks import autoattack, pgd, restarts, through_layers
 from clat.checkpoint import load_checkpoint
-from clat.evaluate import drawn, worst_case
+from clat.cli.tables import percent
+from clat.evaluation import evaluate, trust
+from clat.evaluation.accuracy import worst_case
+from clat.evaluation.evaluate import drawn
 from clat.files import write_text
-from clat.runs import Run, environment
-from clat.tables import percent
+from clat.training.runs import Run, environment
 
 TARGET = Path(__file__).parents[1] / "results/verdicts.json"
 

@@ -2,22 +2,25 @@
 
 # ruff: noqa: F401 (clat/__init__.py lists what is public)
 
-from clat.arrays import as_dataset
-from clat.awp import Awp
 from clat.checkpoint import export_weights, load_checkpoint, save_checkpoint
-from clat.criticality import LayerScore, attack_output, criticality, top
-from clat.data import Dataset, load_data
+from clat.criticality import LayerScore, criticality, top
+from clat.data.arrays import as_dataset
+from clat.data.dataset import Dataset, load_data
 from clat.errors import InputError
-from clat.evaluate import Accuracy, Result, evaluate
-from clat.health import HealthError
-from clat.integrity import IntegrityError, LayerStatus, status
+from clat.evaluation.accuracy import Accuracy, Result
+from clat.evaluation.evaluate import evaluate
+from clat.evaluation.trust import Check, Finding, Verdict, trust
 from clat.layers import layers
 from clat.models import build_model
-from clat.objectives import Clat, Clean, FastAt, FreeAt, GradAlign, Mart, Objective, PgdAt, Score, Trades
-from clat.own_loop import CLAT
-from clat.recipe import Recipe
-from clat.runs import Run
-from clat.threat import Threat, ascend
-from clat.train import train
-from clat.trust import Check, Finding, Verdict, trust
-from clat.tuners import ConvLora, Critical, Rift, Selection, Tuner, Whole
+from clat.objectives import Clat, Clean, FastAt, FreeAt, GradAlign, Mart, PgdAt, Score, Trades
+from clat.objectives.base import Objective
+from clat.threat import Threat, ascend, attack_output
+from clat.training.awp import Awp
+from clat.training.health import HealthError
+from clat.training.integrity import IntegrityError, LayerStatus, status
+from clat.training.loop import train
+from clat.training.own_loop import CLAT
+from clat.training.recipe import Recipe
+from clat.training.runs import Run
+from clat.tuners import ConvLora, Critical, Rift, Selection, Whole
+from clat.tuners.base import Tuner

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.checks import check_word, shown
 from clat.errors import InputError
-from clat.layers import At, Call, lengths, logits, observe, trace
-from clat.threat import Images, Labels, Threat, ascend, check_images, held, whole_labels
+from clat.features import At, lengths, observe
+from clat.inputs import check_word, shown
+from clat.layers import Call, trace
+from clat.network import Images, check_images, held
 
 Norm = Literal["paper", "rms"]
 
@@ -83,21 +83,6 @@ def _scores(calls: list[Call], weakness: list[float]) -> list[LayerScore]:
         if call.index is not None:
             before = value
     return scores
-
-
-def attack_output(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-    """The untargeted PGD attack on the network's output that Section 3.1 uses in place of one attack a layer.
-
-    Raises:
-        InputError: images of another shape or outside [0, 1]; labels that are not one whole number an image
-    """
-    check_images(x)
-    return label_attack(model, x, whole_labels(y, x), threat)
-
-
-def label_attack(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-    """``attack_output`` inside a training loop, where the batch is known to be good."""
-    return ascend(lambda z: F.cross_entropy(logits(model(z)), y, reduction="none"), x, threat, model=model)
 
 
 def ranked(scores: list[LayerScore], *, head: bool = False) -> list[LayerScore]:

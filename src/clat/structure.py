@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clat.integrity import fingerprint
+from clat.network import fingerprint
 
 DEPTH = 4  # levels of options inside options that are looked at
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module()))  # its tensors have a digest of their own

@@ -1,22 +1,18 @@
 """The threat model, and the one inner maximisation that every attack of this library runs."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from clat.checks import check_fields, check_least, shown
+from clat.batchnorm import fixed_norms
 from clat.errors import InputError
-
-Images = Tensor  # Float[Tensor, "batch channel height width"], pixels in [0, 1]
-Labels = Tensor  # Int64[Tensor, "batch"]
-Cost = Callable[[Images], Tensor]  # Images -> Float[Tensor, "batch"], one value per image
+from clat.inputs import check_fields, check_least, shown
+from clat.network import Cost, Images, Labels, check_images, held, logits, whole_labels
 
 GAUSSIAN_START = 0.001  # standard deviation of the "gaussian" start, after TRADES
 
@@ -106,71 +102,6 @@ class Threat:
         return x_adv + gradient * per_image(step / length, gradient)
 
 
-def check_images(x: Images) -> None:
-    """Raises InputError unless x is (batch, channel, height, width) with finite pixels in [0, 1]."""
-    if not isinstance(x, Tensor):
-        raise InputError(
-            f"Images must be a float tensor (batch, channel, height, width); got {type(x).__name__}, which "
-            "torch.as_tensor may convert."
-        )
-    if x.dim() != 4 or not x.is_floating_point():
-        divide = "; divide uint8 pixels by 255" if x.dtype == torch.uint8 else ""
-        raise InputError(
-            f"Images must be a float tensor (batch, channel, height, width); got {x.dtype} {tuple(x.shape)}{divide}."
-        )
-    if not x.numel():
-        raise InputError("The batch has no images.")
-    if x.is_meta:
-        return  # a shape without values
-    low, high = torch.stack(torch.aminmax(x)).tolist()
-    if math.isnan(low) or math.isnan(high):
-        raise InputError("Some pixels are NaN; clean the data first.")
-    if low < -1e-6 or high > 1 + 1e-6:
-        raise InputError(
-            f"Pixels lie in [{low:.3g}, {high:.3g}], not in [0, 1]; divide by 255, or leave the normalisation to the "
-            "model."
-        )
-
-
-def whole_labels(y: Labels, x: Images, classes: int | None = None) -> Labels:
-    """The labels of a batch as int64, whatever integers they come as.
-
-    Args:
-        classes: the network's outputs, if labels are to be compared with them
-    Raises:
-        InputError: no tensor of integers, not one label an image, or labels that the network has no output for
-    """
-    if not isinstance(y, Tensor):
-        raise InputError(f"Labels must be a tensor of whole numbers, one an image; got {type(y).__name__}.")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise InputError(f"Labels must be whole numbers, such as int64; got {y.dtype}.")
-    if y.shape != x.shape[:1]:
-        raise InputError(f"There are {len(x)} images but labels of shape {tuple(y.shape)}; give one label an image.")
-    y = y.long()
-    if classes is not None and not y.is_meta:
-        first, last = torch.stack(torch.aminmax(y)).tolist()
-        if not 0 <= first <= last < classes:
-            raise InputError(f"The labels run from {first} to {last}, but the network has {classes} outputs.")
-    return y
-
-
-def check_start(threat: Threat, objective: str) -> None:
-    """Raises InputError if the attack starts at the image itself, where the distance to it has no gradient."""
-    if threat.start == "zero":
-        raise InputError(
-            f"threat.start is zero, where the attack of {objective} has no gradient; set it to gaussian or uniform."
-        )
-
-
-def check_one_step(threat: Threat, objective: str, length: str) -> None:
-    """Raises InputError unless the attack has one step."""
-    if threat.steps != 1:
-        raise InputError(
-            f"threat.steps is {threat.steps}, but {objective} attacks in one step; set it to 1 and threat.step to "
-            f"{length}."
-        )
-
-
 class NoGradientError(InputError):
     """What the network returns has no gradient to the pixels."""
 
@@ -246,77 +177,16 @@ def _better(best: Images, best_cost: Tensor | None, x_adv: Images, values: Tenso
     return torch.where(per_image(higher, x_adv), x_adv, best), torch.where(higher, values, best_cost)
 
 
-@contextmanager
-def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> Iterator[None]:
-    """Runs the network in ``mode`` with no parameter asking for gradients, then puts everything back.
+def attack_output(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+    """The untargeted PGD attack on the network's output that Section 3.1 uses in place of one attack a layer.
 
-    Back come each module's training flag, each parameter's ``requires_grad`` and, unless the mode is "train",
-    each buffer's content.
+    Raises:
+        InputError: images of another shape or outside [0, 1]; labels that are not one whole number an image
     """
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers = [] if mode == "train" else list(model.buffers())
-    copies = [(buffer.clone(), buffer._version) for buffer in buffers]
-    try:
-        model.train(mode != "eval")
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, was_training in training:
-            module.training = was_training
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        with torch.no_grad():
-            for buffer, (copy, version) in zip(buffers, copies, strict=True):
-                # Untouched ones may belong to a graph that is still needed. BatchNorm in train mode bumps no version.
-                if mode == "batch" or buffer._version != version:
-                    buffer.copy_(copy)
+    check_images(x)
+    return label_attack(model, x, whole_labels(y, x), threat)
 
 
-@contextmanager
-def fixed_norms(model: nn.Module) -> Iterator[None]:
-    """Runs BatchNorm that is in eval mode as what it is then, x scale + shift, channel by channel.
-
-    Unlike torch's own, that keeps none of its input for the backward pass, which halves the memory of an attack, and
-    its gradient is one multiplication. Like torch's own, it computes features of lower precision than fp32 in fp32 and
-    gives them back in theirs. A compiled network is left alone, since it would be compiled anew at each attack.
-    """
-    compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
-    norms = [] if compiled else [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    norms = [norm for norm in norms if _is_fixed(norm)]
-    for norm in norms:
-        vars(norm)["forward"] = _fixed(norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del vars(norm)["forward"]
-
-
-def _is_fixed(norm: _BatchNorm) -> bool:
-    """In eval mode, with statistics, and running torch's own code."""
-    own = type(norm).forward is _BatchNorm.forward and "forward" not in vars(norm)
-    return own and not norm.training and norm.running_mean is not None
-
-
-def _fixed(norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
-    exact = torch.promote_types(variance.dtype, torch.float32)
-    with torch.no_grad():
-        scale = torch.rsqrt(variance.to(exact) + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
-    taken = {variance.dtype, torch.bfloat16, torch.float16} if variance.dtype == torch.float32 else {variance.dtype}
-    usual = norm.forward
-
-    def forward(x: Tensor) -> Tensor:
-        if x.dtype not in taken or x.dim() < 2 or x.shape[1] != len(scale):
-            return usual(x)
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        return torch.addcmul(shift.view(shape), x.to(exact), scale.view(shape)).to(x.dtype)
-
-    return forward
+def label_attack(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+    """``attack_output`` inside a training loop, where the batch is known to be good."""
+    return ascend(lambda z: F.cross_entropy(logits(model(z)), y, reduction="none"), x, threat, model=model)

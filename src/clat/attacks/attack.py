@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from clat.errors import InputError
-from clat.layers import logits
-from clat.threat import Images, Labels, Threat, check_gradient
+from clat.network import Images, Labels, logits
+from clat.threat import Threat, check_gradient
 
 Perturb = Callable[[nn.Module, Images, Labels], Images]
 

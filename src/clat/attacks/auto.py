@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from clat.attacks.attack import Attack, finite_scores
 from clat.errors import InputError
-from clat.threat import Images, Labels, Threat
+from clat.network import Images, Labels
+from clat.threat import Threat
 
 Norm = Literal["linf", "l2"]
 NAMES = {"linf": "Linf", "l2": "L2"}

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from clat.attacks.attack import Attack, finite_scores
 from clat.attacks.pgd import pgd
-from clat.data import Dataset, to_unit
+from clat.data.dataset import Dataset, to_unit
 from clat.errors import InputError
-from clat.layers import At, feature_distance, named_layers
-from clat.threat import Images, Labels, Threat, ascend, per_image
+from clat.features import At, feature_distance
+from clat.layers import named_layers
+from clat.network import Images, Labels
+from clat.threat import Threat, ascend, per_image
 
 
 def through_layers(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from clat.attacks.attack import Attack, finite_scores
 from clat.errors import InputError
-from clat.layers import logits
-from clat.threat import Images, Labels, Threat, ascend
+from clat.network import Images, Labels, logits
+from clat.threat import Threat, ascend
 
 
 def pgd(eps: float | str, steps: int, norm: Literal["linf", "l2"] = "linf") -> Threat:

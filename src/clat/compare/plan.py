@@ -7,9 +7,9 @@ from typing import Any
 
 from clat.errors import InputError
 from clat.files import parse_yaml, read_text
-from clat.recipe import recipe_path
 from clat.text import plain
 from clat.threat import fraction
+from clat.training.recipe import recipe_path
 
 Keys = dict[str, Any]  # of a recipe, as in its YAML
 

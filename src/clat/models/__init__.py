@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clat.compute import bears_channels_last
 from clat.errors import InputError
-from clat.layers import bears_channels_last
 from clat.models.densenet import dn121
 from clat.models.mixed import MAPS, MixedClassifier
 from clat.models.preact_resnet import preactrn18

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clat.errors import InputError
-from clat.layers import first_tensor, logits
 from clat.models.preact_resnet import PreActBlock
-from clat.threat import held
+from clat.network import first_tensor, held, logits
 
 # The two feature maps of each kind of network that the mixing network reads: the ends of its first two stages.
 MAPS = {

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.checks import check_fields
-from clat.criticality import label_attack
 from clat.errors import InputError
-from clat.layers import At, Between, compare, feature_distance, l2, lengths, record, trained_layers
-from clat.threat import Images, Labels, Threat, ascend
+from clat.features import At, Between, compare, feature_distance, l2, lengths, record
+from clat.inputs import check_fields
+from clat.layers import trained_layers
+from clat.network import Images, Labels
+from clat.threat import Threat, ascend, label_attack
 
 Distance = Literal["l2", "mean", "relative"]
 

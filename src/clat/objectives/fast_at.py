@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from clat.attacks import pgd, pgd_attack
-from clat.checks import check_fields
-from clat.criticality import label_attack
 from clat.errors import InputError
-from clat.evaluate import predict
+from clat.inputs import check_fields
+from clat.network import Images, Labels, predict
+from clat.objectives.base import check_one_step
 from clat.objectives.pgd_at import PgdAt
-from clat.threat import Images, Labels, Threat, check_one_step
+from clat.threat import Threat, label_attack
 
 PROBE_STEPS = 5
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.checks import check_fields
 from clat.errors import InputError
-from clat.layers import logits
-from clat.threat import Images, Labels, Threat, check_one_step
+from clat.inputs import check_fields
+from clat.network import Images, Labels, logits
+from clat.objectives.base import check_one_step
+from clat.threat import Threat
 
 
 @dataclass(frozen=True, kw_only=True)

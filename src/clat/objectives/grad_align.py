@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.checks import check_fields
-from clat.criticality import label_attack
 from clat.errors import InputError
-from clat.layers import lengths, logits
-from clat.threat import Images, Labels, Threat, check_one_step, per_image
+from clat.features import lengths
+from clat.inputs import check_fields
+from clat.network import Images, Labels, logits
+from clat.objectives.base import check_one_step
+from clat.threat import Threat, label_attack, per_image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.checks import check_fields
-from clat.criticality import label_attack
+from clat.compute import full_precision
 from clat.errors import InputError
-from clat.layers import full_precision, logits
-from clat.threat import Images, Labels, Threat
+from clat.inputs import check_fields
+from clat.network import Images, Labels, logits
+from clat.threat import Threat, label_attack
 
 
 @dataclass(frozen=True, kw_only=True)

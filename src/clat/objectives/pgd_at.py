@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.criticality import label_attack
-from clat.layers import logits
-from clat.threat import Images, Labels, Threat
+from clat.network import Images, Labels, logits
+from clat.threat import Threat, label_attack
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.checks import check_fields
 from clat.errors import InputError
-from clat.layers import logits
-from clat.threat import Images, Labels, Threat, ascend, check_start, held
+from clat.inputs import check_fields
+from clat.network import Images, Labels, held, logits
+from clat.objectives.base import check_start
+from clat.threat import Threat, ascend
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clat.checks import check_fields
+from clat.compute import full_precision
 from clat.errors import InputError
-from clat.layers import NORM_TYPES, full_precision, layer_modules, trace
-from clat.threat import Images, Labels, Threat
+from clat.inputs import check_fields
+from clat.layers import NORM_TYPES, layer_modules, trace
+from clat.network import Images, Labels
+from clat.threat import Threat
 from clat.tuners.selection import FROZEN, Selection, moving_norms, parameters_of, selectable, with_tied
 
 HIGHEST_RANK = 4096  # no layer has more channels than that by much

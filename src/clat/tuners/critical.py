@@ -6,11 +6,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.checks import check_fields
-from clat.criticality import LayerScore, Norm, attack_output, check_k, criticality, layer_count, ranked
+from clat.criticality import LayerScore, Norm, check_k, criticality, layer_count, ranked
 from clat.errors import InputError
-from clat.layers import At, trace
-from clat.threat import Images, Labels, Threat
+from clat.features import At
+from clat.inputs import check_fields
+from clat.layers import trace
+from clat.network import Images, Labels
+from clat.threat import Threat, attack_output
 from clat.tuners.selection import Selection, moving_norms, parameters_of, selectable, with_tied
 
 

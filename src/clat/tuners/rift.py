@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from clat.checks import check_fields
-from clat.criticality import LayerScore, attack_output
+from clat.criticality import LayerScore
 from clat.errors import InputError
-from clat.layers import layer_modules, logits, trace
-from clat.threat import Images, Labels, Threat, held
+from clat.inputs import check_fields
+from clat.layers import layer_modules, trace
+from clat.network import Images, Labels, held, logits
+from clat.threat import Threat, attack_output
 from clat.tuners.selection import Selection, moving_norms, selectable, with_tied
 
 Batches = Sequence[tuple[Images, Labels]]

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from clat.layers import layers
-from clat.threat import Images, Labels, Threat
+from clat.network import Images, Labels
+from clat.threat import Threat
 from clat.tuners.selection import Selection, parameters_of
 
 

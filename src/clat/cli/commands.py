@@ -1,0 +1,19 @@
+"""The commands, one typed function each; a signature is a command's flags, a docstring their help."""
+
+from clat.cli.arguments import Command
+from clat.cli.evaluation import evaluate, sweep, transfer, trust
+from clat.cli.networks import import_, layers
+from clat.cli.training import demo, finetune, status, train
+
+COMMANDS: dict[str, Command] = {
+    "demo": demo,
+    "layers": layers,
+    "train": train,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "transfer": transfer,
+    "sweep": sweep,
+    "trust": trust,
+    "status": status,
+    "import": import_,
+}

@@ -1,0 +1,44 @@
+"""The command line: which command, and how it ends. Imports no torch before the arguments are known to be good."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from clat.cli.arguments import read, values
+from clat.errors import InputError
+from clat.text import plain
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 1 (the run or the network is at fault), 2 (the input is) or 130 (interrupted).
+
+    With ``--debug``, or CLAT_DEBUG in the environment, an error's traceback is shown too.
+    """
+    try:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if "--debug" in given:
+            os.environ["CLAT_DEBUG"] = "1"
+        call = read([argument for argument in given if argument != "--debug"])
+        from clat.cli.commands import COMMANDS
+
+        function = COMMANDS[call.command]
+        return function(**values(call, function)) or 0
+    except InputError as error:
+        return _fail(error, 2)
+    except RuntimeError as error:
+        from clat.training.health import HealthError
+        from clat.training.integrity import IntegrityError
+
+        if not isinstance(error, (HealthError, IntegrityError)):
+            raise
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("Interrupted; a training run continues with --resume.", 130)
+
+
+def _fail(error: object, code: int) -> int:
+    if isinstance(error, Exception) and os.environ.get("CLAT_DEBUG"):
+        traceback.print_exception(error)
+    print(f"clat: {plain(' '.join(str(error).split()))}", file=sys.stderr)
+    return code

@@ -1,0 +1,188 @@
+"""What the commands share: networks and data by name, and where their output goes."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from clat.checkpoint import checkpoint_path, is_checkpoint, load_checkpoint, load_header
+from clat.cli.arguments import named
+from clat.compute import best_device, find_device
+from clat.data.dataset import OPTIONS, Dataset, load_data, trained_on
+from clat.errors import InputError
+from clat.files import write_text
+from clat.models import MODELS, build_model, takes_statistics
+from clat.models.importing import import_weights
+from clat.text import plain
+from clat.threat import fraction
+
+ELSEWHERE = ("timm/", "torchvision/", "transformers/")  # networks of other libraries
+
+_first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launch or torchrun started
+# Names come from files and folders: nothing in them is markup.
+console = Console(quiet=not _first, width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
+notices = Console(quiet=not _first, stderr=True, markup=False, emoji=False)
+
+
+def is_beside_the_first() -> bool:
+    """Whether a launcher started this process beside the first one, which alone evaluates; if so, says it."""
+    if not _first:
+        print(f"clat: process {os.environ['RANK']} ends; evaluations run in the first one alone.", file=sys.stderr)
+    return not _first
+
+
+def device_named(text: str | None) -> torch.device:
+    """The device of ``--device``: cpu, cuda, cuda:1 or mps; the fastest kind of device here if it is not given.
+
+    Raises:
+        InputError: another name, or no such device here
+    """
+    device = find_device(text or best_device())
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"{device} is no device that clat runs on; choose cpu, cuda, cuda:1 or mps.")
+    return device
+
+
+def assumed(device: torch.device, precision: str, data: Dataset) -> str:
+    """What a command takes for granted, on one line."""
+    names = ", ".join(data.classes[:3]) + (", ..." if len(data.classes) > 3 else "")
+    return plain(f"Device {device}, precision {precision}, split {data.split}, {len(data.classes)} classes ({names})")
+
+
+def network_named(name: str, data: Dataset, model: str | None = None) -> nn.Module:
+    """The network in a checkpoint or run folder, or a new one by name that fits the data.
+
+    Args:
+        model: as in ``checkpoint_named``; then ``name`` is a file
+    """
+    if model is not None or exists(name):
+        return checkpoint_named(name, model, data)[0]
+    kind, options = model_options(name)
+    if kind not in MODELS and ":" not in kind and not kind.startswith(ELSEWHERE):
+        raise InputError(
+            f"There is no model {plain(name)!r}, and no checkpoint or run folder there; choose one of "
+            f"{', '.join(MODELS)}, timm/NAME, torchvision/NAME or file.py:factory."
+        )
+    return _new(kind, options, len(data.classes), data.shape[0], data)
+
+
+def checkpoint_named(
+    name: str, model: str | None = None, data: Dataset | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a checkpoint or run folder, and the facts stored with it.
+
+    Args:
+        model: the network that the weights belong to, with its options after commas, where the file may not choose it
+            (a factory made it) or does not say (a checkpoint of others', which is read as ``clat import`` does)
+        data: says how many classes and channels there are where the file does not
+    Raises:
+        InputError: no checkpoint, or weights that do not fit the network
+    """
+    if model is None:
+        return load_checkpoint(name)
+    kind, options = model_options(model)
+    path = checkpoint_path(name)
+    if not is_checkpoint(path):
+        return import_weights(path, kind, classes=len(data.classes) if data else None, **options).model, {}
+    header = load_header(path)
+    made, seen = header.facts.get("model") or {}, header.facts.get("data") or {}
+    if made and "normalise" in options:
+        raise InputError(f"{plain(path)} holds the normalisation it was trained with; leave normalise out of --model.")
+    classes = made.get("classes") or len(seen.get("classes", ())) or (len(data.classes) if data else 0)
+    channels = made.get("channels") or (seen.get("shape") or (data.shape if data else [3]))[0]
+    if not classes:
+        raise InputError(f"{plain(path)} does not say how many classes its network has; load it in Python.")
+    if made:
+        options["normalise"] = "none"  # until the weights bring theirs
+    return load_checkpoint(path, _new(kind, options, classes, channels, data))
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of that name."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, or not to be looked into
+        return False
+
+
+def _new(kind: str, options: dict[str, Any], classes: int, channels: int, data: Dataset | None) -> nn.Module:
+    if data is None or not takes_statistics(kind, options):
+        return build_model(kind, classes, channels=channels, **options)
+    mean, std = data.statistics()
+    return build_model(kind, classes, channels=channels, mean=mean, std=std, **{**options, "normalise": "data"})
+
+
+def data_named(text: str, split: str) -> Dataset:
+    """A split of the data named with its options after commas, e.g. ``photos,size=64``. Says what was assumed."""
+    source, options = named(text)
+    if unknown := [key for key in options if key not in OPTIONS]:
+        raise InputError(f"Data options are {', '.join(OPTIONS)}; got {plain(', '.join(unknown))} in {plain(text)!r}.")
+    data = load_data(source, split, **options)
+    _notice(data.notes)
+    return data
+
+
+def fitting(data: Dataset, facts: Mapping[str, Any], network: str, *, unseen: bool = True) -> Dataset:
+    """The data with its classes in the order of those that a checkpoint's network was trained on. Says what it did.
+
+    Args:
+        facts: what is stored with the checkpoint
+        network: its name, for the sentences
+        unseen: warn if the network was trained on these images
+    Raises:
+        InputError: other classes
+    """
+    known = trained_on(facts)
+    matched = data.with_classes(known.get("classes", data.classes), network)
+    _notice(matched.notes[len(data.notes) :])
+    if unseen and (share := matched.share_seen(known)) > 0:
+        which = (
+            "These are images"
+            if share == 1
+            else f"About {max(1, round(100 * share))} % of these images are among those"
+        )
+        _notice([f"Warning: {which} that {plain(network)} was trained on; what is measured on them is no test."])
+    return matched
+
+
+def stored_facts(network: str) -> dict[str, Any]:
+    """The facts stored with the checkpoint or run of that name; none if it is the name of a new network."""
+    if not exists(network):
+        return {}
+    path = checkpoint_path(network)
+    return load_header(path).facts if is_checkpoint(path) else {}
+
+
+def _notice(sentences: Iterable[str]) -> None:
+    """On standard error, so that a result on standard output stays whole."""
+    for sentence in sentences:
+        notices.print(plain(sentence), markup=False, highlight=False, soft_wrap=True)
+
+
+def model_options(text: str) -> tuple[str, dict[str, Any]]:
+    """A network's name and options, which leave what the data or the checkpoint decides to these."""
+    name, options = named(text)
+    for key in ("name", "path", "classes", "channels", "mean", "std"):
+        if key in options:
+            raise InputError(f"{key} is no option of a network; leave it out of {text!r}.")
+    return name, options
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """The numbers in a list with commas."""
+    return None if text is None else [fraction(number) for number in text.split(",")]
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes to a file, or to standard output if the path is -."""
+    text = json.dumps(content, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(path), text)

@@ -1,0 +1,188 @@
+"""The precision and layout of its kernels that a network computes in where a recipe says ``auto``."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clat.errors import InputError
+from clat.network import Images, held, logits, tensors
+from clat.text import plain
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+Layout = Literal["auto", "default", "channels-last"]
+LAYOUTS: dict[Layout, torch.memory_format] = {
+    "default": torch.contiguous_format,
+    "channels-last": torch.channels_last,
+}
+CHANNELS_LAST = ("cpu", "cuda")  # kinds of device on which ``auto`` is this layout
+TOLERANCE = 0.01  # of the largest score: how far rounding, of TF32 too, may move one from layout to layout
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """channels-last if most of the kernels of which it can be told are stored so."""
+    kernels = [p for p in model.parameters() if p.dim() == 4]
+    orders = [[p.is_contiguous(memory_format=order) for order in LAYOUTS.values()] for p in kernels]
+    told = [last for default, last in orders if default != last]
+    return "channels-last" if 2 * sum(told) > len(told) else "default"
+
+
+def set_layout(model: nn.Module, layout: Layout) -> None:
+    """Stores the kernels in a layout; their values stay."""
+    model.to(memory_format=LAYOUTS[layout])
+
+
+def choose(
+    model: nn.Module, x: Images, precision: Precision = "auto", layout: Layout = "auto"
+) -> tuple[Precision, Layout]:
+    """Settles ``auto`` by the kind of device alone, and puts the network into the layout.
+
+    The precision is bf16 where the device has instructions for it, else fp32; the layout is channels-last on CPUs and
+    CUDA, elsewhere torch's default. A network that fails in channels-last, as one that flattens with ``view`` may, or
+    gives other scores in it, gets torch's default.
+
+    Args:
+        x: a few images on the network's device
+    Raises:
+        InputError: the network does not bear the layout that is asked for
+    """
+    if precision == "auto":
+        precision = native_precision(x.device)
+    wanted = ("channels-last" if x.device.type in CHANNELS_LAST else "default") if layout == "auto" else layout
+    why = _refusal(model, x, wanted)
+    if why and layout != "auto":
+        raise InputError(f"With layout {layout} the network {why}; leave it auto.")
+    if why:
+        wanted = "default"
+        set_layout(model, wanted)
+    return precision, wanted
+
+
+def in_words(device: torch.device, precision: Precision, layout: Layout, asked: Layout = "auto") -> str:
+    """What was settled, with the flags that repeat it, and whether channels-last was refused for it."""
+    refused = asked == "auto" and layout == "default" and device.type in CHANNELS_LAST
+    words = str("default layout" if layout == "default" else layout)
+    words += ", as the network does not bear channels-last" if refused else ""
+    return f"computes in {precision}, {words} (--precision {precision} --layout {layout})"
+
+
+def _refusal(model: nn.Module, x: Images, layout: Layout) -> str:
+    """Why the network, which is put into the layout, does not bear it; empty if it does."""
+    if layout == "channels-last" and x.device.type == "cpu" and not bears_channels_last(model):
+        return "has strided 1x1 convolutions of too few channels, whose gradients this CPU gets wrong"
+    before = layout_of(model)
+    scores = _scores(model, x)
+    try:
+        set_layout(model, layout)
+        tolerance = TOLERANCE * scores.nan_to_num().abs().max().item()
+        if torch.allclose(_scores(model, x), scores, rtol=0, atol=tolerance, equal_nan=True):
+            return ""
+        why = "gives other scores"
+    except RuntimeError as error:
+        why = f"does not run ({' '.join(str(error).split())[:150]})"
+    set_layout(model, before)
+    return why
+
+
+def _scores(model: nn.Module, x: Images) -> Tensor:
+    with held(model), torch.no_grad(), seeded(0, x.device):
+        return logits(model(x))
+
+
+def autocast(device: torch.device | str, precision: Precision) -> Any:
+    """The context of a precision on a device. Casts are not cached: attacks toggle ``requires_grad`` meanwhile."""
+    if precision == "fp32" or (precision == "auto" and native_precision(device) == "fp32"):
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Random numbers from ``seed`` for a while; afterwards the global generators go on as if nothing had happened."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def native_precision(device: torch.device | str) -> Literal["fp32", "bf16"]:
+    """bf16 if the device has instructions for it, else fp32: without them, bf16 is the slower one."""
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        on_cpu = torch.device(device).type == "cpu"
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if on_cpu else {}  # torch 2.6 has it not
+        native = any("bf16" in name and there for name, there in found.items())
+    return "bf16" if native else "fp32"
+
+
+def best_device() -> str:
+    """The fastest kind of device here."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """A device by name, such as cpu, cuda, cuda:1 or mps. Raises InputError if there is none of that name here."""
+    here = [
+        "cpu",
+        *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+        *["mps"] * torch.backends.mps.is_available(),
+    ]
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"There is no device {plain(name)!r}; here are {', '.join(here)}.") from error
+    wanted = f"{device.type}:{device.index or 0}" if device.type == "cuda" else device.type
+    if device.type in ("cpu", "cuda", "mps") and (wanted not in here or (device.type != "cuda" and device.index)):
+        raise InputError(f"The device {device} is not here; here are {', '.join(here)}.")
+    return device
+
+
+@contextmanager
+def placed(models: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[torch.device]:
+    """The device that networks run on for a while; those that are elsewhere are moved there, and back afterwards.
+
+    Args:
+        device: default where the first network is that has parameters or buffers, or else the CPU
+    Raises:
+        InputError: no such device here, or a network on several devices that would have to be moved
+    """
+    homes = [list(dict.fromkeys(tensor.device for tensor in tensors(model).values())) for model in models]
+    where = next((home[0] for home in homes if home), torch.device("cpu")) if device is None else find_device(device)
+    moved = [(model, home) for model, home in zip(models, homes, strict=True) if home and set(home) != {where}]
+    if device is None:  # a network spread over several devices runs as it is
+        moved = [(model, home) for model, home in moved if where not in home]
+    if any(len(home) > 1 for _, home in moved):
+        raise InputError("The network's tensors are on several devices; leave device out, and it runs as it is.")
+    try:
+        for model, _ in moved:
+            model.to(where)
+        yield where
+    finally:
+        for model, home in moved:
+            model.to(home[0])
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is off meanwhile, on devices that have it."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def bears_channels_last(model: nn.Module) -> bool:
+    """False if the CPU would compute wrong gradients, or crash, with the kernels stored channels-last.
+
+    oneDNN's gradient of a strided 1x1 kernel writes past its memory if it has fewer input channels than a vector has
+    numbers (uxlfoundation/oneDNN issue 6035, seen with torch 2.14).
+    """
+    vector = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return not any(
+        layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < vector
+        for layer in convolutions
+    )

@@ -1,0 +1,1 @@
+"""Measuring a network: accuracies under attack, and whether they can be trusted."""

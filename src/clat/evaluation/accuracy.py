@@ -1,0 +1,98 @@
+"""Accuracies with counts and confidence intervals, and what an evaluation found."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TOLERATED = 0.005  # share of the images by which a weaker attack may seem the stronger one before it counts as a sign
+Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Correct of n, with the 95 % Wilson score interval (``low``, ``high``)."""
+
+    correct: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        p, z2 = self.value, Z95**2
+        centre = (p + z2 / (2 * self.n)) / (1 + z2 / self.n)
+        half = Z95 / (1 + z2 / self.n) * math.sqrt(p * (1 - p) / self.n + z2 / (4 * self.n**2))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.2f} % [{100 * low:.2f}, {100 * high:.2f}] ({self.correct}/{self.n})"
+
+    def to_json(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {"correct": self.correct, "n": self.n, "accuracy": self.value, "low": low, "high": high}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackResult:
+    """What one attack of an evaluation did: it ran on the images that were correct until then."""
+
+    name: str
+    seed: int
+    settings: dict[str, Any]
+    note: str
+    attacked: int
+    broken: int
+    robust: Accuracy  # after this attack and all before it
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What ``evaluate`` found, and all that is needed to find it again.
+
+    ``outcomes`` has one number an image: -1 if it was misclassified clean, 0 if it withstood every attack, else the
+    1-based number of the attack that broke it. ``model`` is what ``build_model`` made it from, or else its class;
+    ``structure`` tells networks with the same weights apart. ``from_record`` says what was not measured now but read
+    from a record, in words.
+    """
+
+    clean: Accuracy
+    robust: Accuracy
+    attacks: tuple[AttackResult, ...]
+    eps: float
+    norm: str
+    data: str
+    split: str
+    limit: int | None
+    seed: int
+    precision: str
+    batch_size: int
+    device: str
+    weights: str
+    model: str
+    structure: str
+    version: str  # of clat
+    seconds: float
+    outcomes: tuple[int, ...]
+    from_record: str = field(default="", compare=False)
+
+    @property
+    def attack(self) -> str:
+        """The attacks' names, e.g. "APGD-CE, APGD-T"; random starts of one attack count once."""
+        return ", ".join(dict.fromkeys(attack.name.split(", start")[0] for attack in self.attacks))
+
+    def to_json(self) -> dict[str, Any]:
+        attacks = [{**asdict(attack), "robust": attack.robust.to_json()} for attack in self.attacks]
+        return {**asdict(self), "clean": self.clean.to_json(), "robust": self.robust.to_json(), "attacks": attacks}
+
+
+def worst_case(results: Sequence[Result]) -> Accuracy:
+    """Accuracy over the images that withstood every attack of every evaluation; all are on the same images."""
+    robust = [
+        all(outcome == 0 for outcome in outcomes) for outcomes in zip(*(r.outcomes for r in results), strict=True)
+    ]
+    return Accuracy(sum(robust), len(robust))

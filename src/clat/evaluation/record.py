@@ -1,0 +1,130 @@
+"""The record of an evaluation, from which an interrupted one continues."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clat.attacks import Attack
+from clat.errors import InputError
+from clat.evaluation.accuracy import Accuracy, AttackResult, Result
+from clat.files import parse_json, read_text, write_text
+from clat.text import plain
+
+
+@dataclass
+class _State:
+    """An evaluation in progress, as its record holds it."""
+
+    record: Path | None
+    facts: dict[str, Any]
+    attacks: list[dict[str, Any]]  # name, seed, settings, note
+    outcomes: list[int]
+    done: list[int]  # images, of each attack
+    seconds: list[float]  # of each attack
+    from_record: str = ""
+
+    @classmethod
+    def begin(cls, folder: Path | None, facts: dict[str, Any], attacks: Sequence[Attack], n: int) -> "_State":
+        described = [{"name": a.name, "seed": a.seed, "settings": dict(a.settings), "note": a.note} for a in attacks]
+        state = cls(None, facts, described, [], [0] * len(attacks), [0.0] * len(attacks))
+        if folder is None or os.environ.get("RANK", "0") != "0":
+            return state
+        name = re.sub(r"[^\w.+-]+", "-", state.result().attack.lower().replace(", ", "-"))[:80]
+        identity = hashlib.sha256(json.dumps([facts, described]).encode()).hexdigest()[:12]
+        state.record = Path(folder) / f"{name}-{identity}.json"
+        if os.path.lexists(state.record):
+            state._take_over(state.record, n)
+        return state
+
+    def _take_over(self, record: Path, n: int) -> None:
+        """Goes on from a record. Raises InputError unless it is whole and of this very evaluation of n images."""
+        advice = "remove it, or keep records in another folder (--out)"
+        try:
+            content = parse_json(read_text(record), record)
+        except InputError as error:
+            raise InputError(f"{plain(record)} is not the record of an evaluation; {advice}.") from error
+        if not isinstance(content, dict) or not isinstance(content.get("state"), dict) or "digest" not in content:
+            raise InputError(f"{plain(record)} is not the record of an evaluation; {advice}.")
+        if content.pop("digest") != _content_digest(content):
+            raise InputError(f"{plain(record)} was changed after clat wrote it: its digest does not match; {advice}.")
+        read = content["state"]
+        same = all(_json(vars(self)[key]) == read.get(key) for key in ("facts", "attacks"))
+        if not same or not _consistent(read, n, len(self.attacks)):
+            raise InputError(f"{plain(record)} is not a valid record of this evaluation; {advice}.")
+        self.outcomes, self.done, self.seconds = read["outcomes"], read["done"], read["seconds"]
+        done, total = self.done[-1], sum(outcome in (0, len(self.done)) for outcome in self.outcomes)
+        self.from_record = (
+            f"read from the record {plain(record)}; nothing was attacked again"
+            if done == total
+            else f"continued from the record {plain(record)}, with {sum(self.done):,} attacked images"
+        )
+
+    def write(self) -> None:
+        if self.record is not None:
+            state = {key: getattr(self, key) for key in ("facts", "attacks", "outcomes", "done", "seconds")}
+            content = {"state": state, "result": self.result().to_json()}
+            write_text(self.record, json.dumps({**content, "digest": _content_digest(content)}) + "\n")
+
+    def result(self) -> Result:
+        n = len(self.outcomes)
+        wrong = self.outcomes.count(-1)
+        robust, attacks = n - wrong, []
+        for number, described in enumerate(self.attacks, 1):
+            broken = self.outcomes.count(number)
+            robust -= broken
+            attacks.append(
+                AttackResult(
+                    **described,
+                    attacked=self.done[number - 1],
+                    broken=broken,
+                    robust=Accuracy(robust, n),
+                    seconds=round(self.seconds[number - 1], 2),
+                )
+            )
+        return Result(
+            clean=Accuracy(n - wrong, n),
+            robust=Accuracy(robust, n),
+            attacks=tuple(attacks),
+            **self.facts,
+            seconds=round(sum(self.seconds), 2),
+            outcomes=tuple(self.outcomes),
+            from_record=self.from_record,
+        )
+
+
+def _json(value: Any) -> Any:
+    """The value as it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+def _content_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _consistent(read: dict[str, Any], n: int, attacks: int) -> bool:
+    """Whether what a record holds can have come from an evaluation of n images by so many attacks."""
+    lists: list[list[Any]] = [read.get(key) or [] for key in ("outcomes", "done", "seconds")]
+    if not all(isinstance(value, list) for value in lists):
+        return False
+    outcomes, done, seconds = lists
+    if len(outcomes) != n or len(done) != attacks or len(seconds) != attacks:
+        return False
+    if any(type(value) is not int for value in (*outcomes, *done)):
+        return False
+    if any(not -1 <= outcome <= attacks for outcome in outcomes):
+        return False
+    if any(type(value) not in (int, float) or not 0 <= value < math.inf for value in seconds):
+        return False
+    before_is_done = True
+    for number, count in enumerate(done, 1):
+        todo = [outcome for outcome in outcomes if outcome == 0 or outcome >= number]
+        if not 0 <= count <= len(todo) or (count and not before_is_done) or number in todo[count:]:
+            return False
+        before_is_done = before_is_done and count == len(todo)
+    return True

@@ -1,0 +1,183 @@
+"""What a network is to this library: images in, class scores out, and a state that can be held and compared."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clat.errors import InputError
+from clat.text import plain
+
+Images = Tensor  # Float[Tensor, "batch channel height width"], pixels in [0, 1]
+Labels = Tensor  # Int64[Tensor, "batch"]
+Cost = Callable[[Images], Tensor]  # Images -> Float[Tensor, "batch"], one value per image
+State = dict[str, Tensor]  # dotted name -> tensor, parameters and buffers
+
+
+def class_scores(model: nn.Module, x: Images) -> Tensor:
+    """The class scores (batch, classes), in eval mode, without gradients.
+
+    Raises:
+        InputError: the network raised an error, which is named, or did not return one row of scores for each image
+    """
+    shape = "x".join(map(str, x.shape))
+    try:
+        with held(model), torch.no_grad():
+            scores = logits(model(x))
+    except InputError:
+        raise
+    except Exception as error:  # whatever a network raises
+        said = plain(" ".join(str(error).split())[:200]).rstrip(".")
+        advice = "; lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
+        raise InputError(
+            f"The network raised {type(error).__name__}: {said} on images of shape {shape}{advice}."
+        ) from error
+    if len(scores) != len(x):
+        raise InputError(f"The network returned {len(scores)} rows of class scores for {len(x)} images.")
+    return scores
+
+
+def predict(model: nn.Module, x: Images) -> Tensor:
+    """The predicted classes (batch,), in eval mode. Raises InputError if a class score is not finite."""
+    scores = class_scores(model, x)
+    if not torch.isfinite(scores).all():
+        raise InputError("The network gave class scores that are not finite; check its weights.")
+    return scores.argmax(1)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer and its name, the first 16 digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors(model).items()):
+        digest.update(f"{name} {fingerprint(tensor)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def logits(output: Any) -> Tensor:
+    """The class scores (batch, classes) in what a classifier returns: a tensor, ``.logits``, a dict or a tuple."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", output)
+    scores = first_tensor(getattr(output, "logits", output))
+    if scores.dim() != 2:
+        raise InputError(
+            f"The network returned shape {tuple(scores.shape)}; a classifier returns (batch, classes): end it with "
+            "pooling and a linear layer."
+        )
+    return scores.float()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor in a module's output, which may be a tensor, a tuple, a list or a dict."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    for value in values if isinstance(values, (tuple, list, type({}.values()))) else ():
+        if isinstance(value, Tensor):
+            return value
+    raise InputError(f"A layer or network returned {type(output).__name__} with no tensor in it.")
+
+
+def check_images(x: Images) -> None:
+    """Raises InputError unless x is (batch, channel, height, width) with finite pixels in [0, 1]."""
+    if not isinstance(x, Tensor):
+        raise InputError(
+            f"Images must be a float tensor (batch, channel, height, width); got {type(x).__name__}, which "
+            "torch.as_tensor may convert."
+        )
+    if x.dim() != 4 or not x.is_floating_point():
+        divide = "; divide uint8 pixels by 255" if x.dtype == torch.uint8 else ""
+        raise InputError(
+            f"Images must be a float tensor (batch, channel, height, width); got {x.dtype} {tuple(x.shape)}{divide}."
+        )
+    if not x.numel():
+        raise InputError("The batch has no images.")
+    if x.is_meta:
+        return  # a shape without values
+    low, high = torch.stack(torch.aminmax(x)).tolist()
+    if math.isnan(low) or math.isnan(high):
+        raise InputError("Some pixels are NaN; clean the data first.")
+    if low < -1e-6 or high > 1 + 1e-6:
+        raise InputError(
+            f"Pixels lie in [{low:.3g}, {high:.3g}], not in [0, 1]; divide by 255, or leave the normalisation to the "
+            "model."
+        )
+
+
+def whole_labels(y: Labels, x: Images, classes: int | None = None) -> Labels:
+    """The labels of a batch as int64, whatever integers they come as.
+
+    Args:
+        classes: the network's outputs, if labels are to be compared with them
+    Raises:
+        InputError: no tensor of integers, not one label an image, or labels that the network has no output for
+    """
+    if not isinstance(y, Tensor):
+        raise InputError(f"Labels must be a tensor of whole numbers, one an image; got {type(y).__name__}.")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise InputError(f"Labels must be whole numbers, such as int64; got {y.dtype}.")
+    if y.shape != x.shape[:1]:
+        raise InputError(f"There are {len(x)} images but labels of shape {tuple(y.shape)}; give one label an image.")
+    y = y.long()
+    if classes is not None and not y.is_meta:
+        first, last = torch.stack(torch.aminmax(y)).tolist()
+        if not 0 <= first <= last < classes:
+            raise InputError(f"The labels run from {first} to {last}, but the network has {classes} outputs.")
+    return y
+
+
+@contextmanager
+def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> Iterator[None]:
+    """Runs the network in ``mode`` with no parameter asking for gradients, then puts everything back.
+
+    Back come each module's training flag, each parameter's ``requires_grad`` and, unless the mode is "train",
+    each buffer's content.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = [] if mode == "train" else list(model.buffers())
+    copies = [(buffer.clone(), buffer._version) for buffer in buffers]
+    try:
+        model.train(mode != "eval")
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        with torch.no_grad():
+            for buffer, (copy, version) in zip(buffers, copies, strict=True):
+                # Untouched ones may belong to a graph that is still needed. BatchNorm in train mode bumps no version.
+                if mode == "batch" or buffer._version != version:
+                    buffer.copy_(copy)
+
+
+def tensors(model: nn.Module) -> State:
+    """Every parameter and buffer by dotted name, those left out of checkpoints included."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def snapshot(model: nn.Module) -> State:
+    """A copy on the CPU of every parameter and buffer."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors(model).items()}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, type and bits; NaN equals the same NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in row-major order."""
+    return hashlib.sha256(_bytes(tensor).numpy().tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Training and fine-tuning: Algorithm 1, the recipe, and the run folder."""

@@ -1,0 +1,47 @@
+"""Rules that stop a run which went wrong in a way that more epochs will not mend, with the likely cause."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from clat.network import Images
+from clat.training.recipe import Recipe
+
+CHANCE = 1.2  # an accuracy up to this many times that of guessing is chance level
+WEAK = 0.5  # perturbations below this share of eps, on average, mean that the attack does not work
+
+
+class HealthError(RuntimeError):
+    """A run went wrong in a way that more epochs will not mend; the message names the likely cause."""
+
+
+def check_finite(loss: Tensor, recipe: Recipe, epoch: int, step: int) -> None:
+    """Raises HealthError if the loss so far is not finite."""
+    if not math.isfinite(loss.item()):
+        raise HealthError(
+            f"The loss is not finite in epoch {epoch}, step {step + 1}. Likely cause: the learning rate ({recipe.lr}) "
+            "is too high for these layers; lower lr or set clip."
+        )
+
+
+def check_attack(x_adv: Images, x: Images, recipe: Recipe) -> None:
+    """Raises HealthError if a training attack hardly moves the images."""
+    length = recipe.threat.distance(x_adv, x).mean().item()
+    if recipe.health and length < WEAK * recipe.threat.radius:
+        raise HealthError(
+            f"The training attack moves images by {length:.4f} on average, far below eps = {recipe.threat.radius:.4f}. "
+            "Likely cause: too few or too short steps, or a network whose gradients vanish (saturated or quantised). "
+            "Mend that, or set health to false."
+        )
+
+
+def check_learning(metrics: Sequence[dict[str, Any]], classes: int, recipe: Recipe) -> None:
+    """Raises HealthError if the clean validation accuracy was at chance level in the last two epochs."""
+    if recipe.health and len(metrics) > 1 and all(entry["clean"] <= CHANCE / classes for entry in metrics[-2:]):
+        raise HealthError(
+            f"The clean validation accuracy stayed at chance level ({100 * metrics[-1]['clean']:.1f} %) for two "
+            "epochs. Likely cause: a learning rate far too high or low, labels that do not match the images, or an "
+            "eps given in the wrong unit. Mend that, or set health to false."
+        )

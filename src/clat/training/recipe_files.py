@@ -1,0 +1,54 @@
+"""Recipe files: where they are, what they hold, and how one lies over another. Reads no torch."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from clat.errors import InputError
+from clat.files import parse_yaml, read_text
+from clat.inputs import check_keys, nearest, shown
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given by path or by the name of one that ships with clat, e.g. ``clat``.
+
+    Raises:
+        InputError: there is none
+    """
+    with suppress(OSError):  # too long a name, a loop of links, a folder that may not be entered
+        if Path(name).is_file():
+            return Path(name)
+    folders = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed; in a checkout
+    shipped = {
+        str(path.relative_to(folder).with_suffix("")): path for folder in folders for path in folder.rglob("*.yaml")
+    }
+    if name in shipped:
+        return shipped[name]
+    known = ", ".join(sorted(shipped))
+    raise InputError(f"There is no recipe {shown(name)}; give a YAML file or one of {known}.{nearest(name, shipped)}")
+
+
+def read_recipe(name: str, known: list[str]) -> dict[str, Any]:
+    """The keys and values of a recipe given by path or name.
+
+    Args:
+        known: the keys that a recipe has; a file never chooses code, data or a folder to write in
+    Raises:
+        InputError: no such file, no YAML mapping, or a key that a recipe does not have
+    """
+    path = recipe_path(name)
+    content = parse_yaml(read_text(path, "recipe"), path, "recipe")
+    if not isinstance(content, dict):
+        raise InputError(f"The recipe {shown(str(path))} must hold keys and values, as recipes/clat.yaml does.")
+    check_keys(content, known, f"The recipe {shown(str(path))}")
+    return content
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """One recipe over another: a key of the upper one wins, and blocks of keys are merged."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = laid_over(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return merged
