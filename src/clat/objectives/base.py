@@ -1,6 +1,6 @@
-"""What an objective is."""
+"""What an objective is: how a batch is attacked, and what it costs."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
@@ -9,21 +9,30 @@ from clat.network import Images, Labels
 from clat.threat import Threat
 
 
-class Objective(Protocol):
-    """Perturbation and cost are two calls, because a cost may be evaluated again at the same perturbed images.
+class Objective(ABC):
+    """A frozen dataclass whose fields are its recipe keys.
 
-    Two more are optional. ``replays``: how often the loop trains on each batch (Free-AT). ``probe`` with
-    ``largest_drop``: the accuracy that the loop measures after each epoch, and the fall that ends the run (Fast-AT).
-    The loop makes an objective anew for each epoch, so what one keeps from call to call lives for an epoch.
+    Perturbation and cost are two calls, because a cost may be evaluated again at the same perturbed images.
     """
 
-    def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-        """The images to train on: x itself, or x attacked within the threat model. Leaves the network untouched."""
-        ...
+    replays: int = 1  # how often each batch is trained on
+    largest_drop: float = 1.0  # of the accuracy under ``probe`` from one epoch to the next; a larger one ends the run
 
+    def begin(self) -> "Objective":
+        """The objective of the next epoch. One that remembers something from batch to batch starts here without it."""
+        return self
+
+    @abstractmethod
+    def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+        """The images to train on: x itself, or x attacked within the threat model. Leaves the network as it was."""
+
+    @abstractmethod
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         """The named terms, already weighted, whose sum is minimised (scalars)."""
-        ...
+
+    def probe(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Tensor | None:
+        """Which images, bool (batch,), are still right under an attack that the objective is watched by; None: none."""
+        return None
 
 
 def check_start(threat: Threat, objective: str) -> None:

@@ -1,7 +1,6 @@
 """The criticality-targeted objective: Eq. 7-9."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -11,15 +10,16 @@ from torch import Tensor, nn
 from clat.errors import InputError
 from clat.features import At, Between, compare, feature_distance, l2, lengths, record
 from clat.inputs import check_fields
-from clat.layers import trained_layers
+from clat.layers import trace, trained_layers
 from clat.network import Images, Labels
+from clat.objectives.base import Objective
 from clat.threat import Threat, ascend, label_attack
 
 Distance = Literal["l2", "mean", "relative"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clat:
+class Clat(Objective):
     """Cross-entropy + weight x L_C on the layers that train, which are read from ``requires_grad``.
 
     L_C is the sum over these layers of E_x ||F_i(x + delta) - F_i(x)||, with one delta for all of them (Eq. 8). The
@@ -45,11 +45,6 @@ class Clat:
         if self.weight < 0:
             raise InputError(f"clat.weight is {self.weight}; lambda of Eq. 9 must be 0 or more.")
 
-    @cached_property
-    def _calls(self) -> dict[tuple[str, ...], int]:
-        """How often the selected layers run in a forward pass, as the last ``loss`` saw it."""
-        return {}
-
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         """The inner maximisation of Eq. 8: the network runs only as far as its deepest selected layer."""
         if self.attack == "label":
@@ -60,7 +55,7 @@ class Clat:
                 "to label."
             )
         selected = self._selected(model)
-        calls = self._calls.get(tuple(selected))
+        calls = sum(call.name in selected for call in trace(model, x[:1]))
         cost = feature_distance(model, x, selected, self._distance, at=self.at, mode=threat.mode, calls=calls)
         return ascend(cost, x, threat, model=model)
 
@@ -72,7 +67,6 @@ class Clat:
         between: Between = (lambda attacked, clean: self._distance(clean, attacked)) if adversarial else self._distance
         scores, features = record(model, first, selected, at=self.at)
         assert scores is not None  # it ran to the end
-        self._calls[tuple(selected)] = len(features)
         cross_entropy = F.cross_entropy(scores, y)
         both = self.cross_entropy == "both"
         other, distance = compare(model, second, selected, features, between, at=self.at, whole=both)

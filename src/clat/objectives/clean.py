@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clat.network import Images, Labels, logits
+from clat.objectives.base import Objective
 from clat.threat import Threat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clean:
+class Clean(Objective):
     """Cross-entropy on the images as they are."""
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:

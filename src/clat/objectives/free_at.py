@@ -1,7 +1,6 @@
 """Free adversarial training: one backward pass moves weights and images together (Shafahi et al. 2019)."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +9,18 @@ from torch import Tensor, nn
 from clat.errors import InputError
 from clat.inputs import check_fields
 from clat.network import Images, Labels, logits
-from clat.objectives.base import check_one_step
+from clat.objectives.base import Objective, check_one_step
 from clat.threat import Threat
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreeAt:
+class FreeAt(Objective):
     """Cross-entropy on x + delta, where each batch is trained on several times and delta moves once each time.
 
     delta and the weights take their step from the same backward pass: ``loss`` keeps the attacked images, the
     caller's ``backward`` fills their gradient, and the next ``perturb`` makes the step with it. delta goes on from
-    replay to replay and from batch to batch, although the images change. The training loop makes the objective anew
-    for each epoch, so delta starts anew there too, and a resumed run equals an uninterrupted one.
+    replay to replay and from batch to batch, although the images change. It starts again in each epoch (``begin``),
+    so a resumed run equals an uninterrupted one.
 
     An epoch makes ``replays`` times as many steps as one of another objective: give as many epochs fewer.
 
@@ -39,10 +38,21 @@ class FreeAt:
         if self.replays < 2:
             raise InputError(f"free_at.replays is {self.replays}; with fewer than 2 no image meets its perturbation.")
 
-    @cached_property
-    def _carried(self) -> dict[str, Tensor]:
-        """delta, and the clean and attacked images that were trained on last: what lives from call to call."""
-        return {}
+    def begin(self) -> Objective:
+        return _Epoch()
+
+    def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+        return self.begin().perturb(model, x, y, threat)
+
+    def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
+        return self.begin().loss(model, x, x_adv, y)
+
+
+class _Epoch(Objective):
+    """Free-AT in one epoch: delta, and the clean and attacked images that were trained on last."""
+
+    def __init__(self) -> None:
+        self.carried: dict[str, Tensor] = {}
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         check_one_step(threat, "free-at", "eps")
@@ -50,18 +60,18 @@ class FreeAt:
         if len(delta) < len(x):
             new = x[len(delta) :]
             delta = torch.cat([delta, threat.first(new) - new])
-        self._carried["delta"] = delta
+        self.carried["delta"] = delta
         return threat.project(x + delta[: len(x)], x)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         attacked = x_adv.detach().requires_grad_()
-        self._carried.update(x=x, attacked=attacked)
+        self.carried.update(x=x, attacked=attacked)
         return {"cross_entropy": F.cross_entropy(logits(model(attacked)), y)}
 
     def _moved(self, x: Images, threat: Threat) -> Tensor:
         """delta after the step that the last backward pass allows; a batch smaller than delta moves its first rows."""
-        delta = self._carried.get("delta", x[:0])
-        last, attacked = self._carried.pop("x", None), self._carried.pop("attacked", None)
+        delta = self.carried.get("delta", x[:0])
+        last, attacked = self.carried.pop("x", None), self.carried.pop("attacked", None)
         if last is None or attacked is None or attacked.grad is None:
             return delta
         moved = threat.project(threat.move(attacked.detach(), attacked.grad), last) - last

@@ -10,12 +10,12 @@ from clat.errors import InputError
 from clat.features import lengths
 from clat.inputs import check_fields
 from clat.network import Images, Labels, logits
-from clat.objectives.base import check_one_step
+from clat.objectives.base import Objective, check_one_step
 from clat.threat import Threat, label_attack, per_image
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradAlign:
+class GradAlign(Objective):
     """CE(f(x + FGSM)) + weight x mean(1 - cos(g(x), g(x + noise))), with g the gradient of CE by the image.
 
     The noise is uniform in [-eps, eps] and not cut with the box. FGSM moves pixels by exactly eps, which is how the

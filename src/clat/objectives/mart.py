@@ -10,11 +10,12 @@ from clat.compute import full_precision
 from clat.errors import InputError
 from clat.inputs import check_fields
 from clat.network import Images, Labels, logits
+from clat.objectives.base import Objective
 from clat.threat import Threat, label_attack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mart:
+class Mart(Objective):
     """Boosted cross-entropy on attacked images + beta x KL(p(x) || p(x')) weighted by 1 - p_y(x).
 
     The boosted cross-entropy adds the margin term -log(1 - the highest probability of a wrong class). Nothing is

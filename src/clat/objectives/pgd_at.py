@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clat.network import Images, Labels, logits
+from clat.objectives.base import Objective
 from clat.threat import Threat, label_attack
 
 
 @dataclass(frozen=True, kw_only=True)
-class PgdAt:
+class PgdAt(Objective):
     """Cross-entropy on images attacked by PGD on the cross-entropy; no clean term."""
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from clat.errors import InputError
 from clat.inputs import check_fields
 from clat.network import Images, Labels, held, logits
-from clat.objectives.base import check_start
+from clat.objectives.base import Objective, check_start
 from clat.threat import Threat, ascend
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(Objective):
     """Mean of ReLU(d - b), with d image by image one of two forms ("LSE") and b a level below which nothing is gained.
 
     pgd-at: d = |p(x') - onehot(y)|^2, and x' maximises d. The authors attack in train mode, with clip 0.4.

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from clat.errors import InputError
 from clat.inputs import check_fields
 from clat.network import Images, Labels, held, logits
-from clat.objectives.base import check_start
+from clat.objectives.base import Objective, check_start
 from clat.threat import Threat, ascend
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trades:
+class Trades(Objective):
     """CE(f(x), y) + beta x KL(p(x) || p(x')), where x' maximises the same divergence.
 
     The defaults are the authors' code: the target p(x) of the divergence comes from a second pass over the clean

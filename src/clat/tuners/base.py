@@ -1,49 +1,46 @@
-"""What a tuner is."""
+"""What a tuner is: which parameters train, and when that is decided again."""
 
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from clat.network import Images, Labels
 from clat.threat import Threat
 from clat.tuners.selection import Selection
 
+Measure = Callable[[], tuple[float, float]]  # clean and robust accuracy on the held-out images, of the network as it is
 
-class Tuner(Protocol):
-    """Decides what trains. The decision is a value, ``Selection``; ``Selection.apply`` puts it into effect.
 
-    Two more methods are optional. ``begin(model, selection, seed=)`` gives the network the parameters that a selection
-    trains beyond its own (ConvLoRA). ``end(model, start, measure)`` changes the best network once all epochs are done
-    and returns facts for the record, among them its ``clean`` and ``robust`` accuracy (RiFT): ``start`` has all
-    tensors as they were before the first epoch, and ``measure()`` gives both accuracies on the held-out images.
-    """
+class Tuner(ABC):
+    """A frozen dataclass whose fields are its recipe keys. Its decision is a value, ``Selection``."""
 
-    @property
-    def batch(self) -> int:
-        """Training images that a selection is made on."""
-        ...
-
-    @property
-    def every(self) -> int:
-        """Epochs from one selection to the next, 0 for a single one."""
-        ...
-
-    @property
-    def momentum(self) -> Literal["drop", "keep"]:
-        """What a selection does to the optimizer's state."""
-        ...
-
-    @property
-    def learning_rate(self) -> Literal["continue", "restart"]:
-        """What a selection does to the schedule."""
-        ...
+    batch: int = 1  # training images that a selection is made on
+    every: int = 0  # epochs from one selection to the next, 0 for a single one
+    momentum: Literal["drop", "keep"] = "drop"  # what a selection does to the optimizer's state
+    learning_rate: Literal["continue", "restart"] = "continue"  # what a selection does to the schedule
+    ends: bool = False  # whether ``end`` has work to do, for which the network that the run began with must be known
 
     def due(self, epoch: int) -> bool:
-        """Whether the selection is made (anew) before this epoch; epochs count from 1."""
-        ...
+        """Whether a selection is made before this epoch; epochs count from 1 (Algorithm 1, line 3)."""
+        return epoch == 1 or (self.every > 0 and (epoch - 1) % self.every == 0)
 
+    @abstractmethod
     def select(
         self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
     ) -> Selection:
-        """Chooses what trains, from one batch of training images; leaves the network untouched."""
-        ...
+        """Chooses what trains, from one batch of training images. Leaves the network as it was."""
+
+    def begin(self, model: nn.Module, selection: Selection, *, seed: int = 0) -> None:
+        """Gives the network parameters that a selection trains beyond its own. By default there are none."""
+
+    def end(self, model: nn.Module, start: Mapping[str, Tensor], measure: Measure) -> dict[str, Any]:
+        """Changes the best network once all epochs are done; returns facts for the record.
+
+        Among them are the ``clean`` and ``robust`` accuracy afterwards. Called only if ``ends``.
+
+        Args:
+            start: every tensor as it was before the first epoch
+        """
+        return {}

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from clat.inputs import check_fields
 from clat.layers import NORM_TYPES, layer_modules, trace
 from clat.network import Images, Labels
 from clat.threat import Threat
+from clat.tuners.base import Tuner
 from clat.tuners.selection import FROZEN, Selection, moving_norms, parameters_of, selectable, with_tied
 
 HIGHEST_RANK = 4096  # no layer has more channels than that by much
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvLora:
+class ConvLora(Tuner):
     """Adapts every convolution and linear layer by a low-rank product; the weights themselves stay frozen.
 
     Convolutions of any square kernel (1x1 included) and any groups, projection shortcuts included. The network is
@@ -41,10 +42,6 @@ class ConvLora:
     head: bool = False
     norm_affine: bool = True
     norm_statistics: Literal["frozen", "all"] = "all"
-    batch: ClassVar[int] = 1
-    every: ClassVar[int] = 0
-    momentum: ClassVar[Literal["drop", "keep"]] = "drop"
-    learning_rate: ClassVar[Literal["continue", "restart"]] = "continue"
 
     def __post_init__(self) -> None:
         check_fields(self, "convlora.")
@@ -52,9 +49,6 @@ class ConvLora:
             raise InputError(f"convlora.rank is {self.rank}; it must be from 1 to {HIGHEST_RANK}.")
         if not self.alpha > 0:
             raise InputError(f"convlora.alpha is {self.alpha}; it must be above 0.")
-
-    def due(self, epoch: int) -> bool:
-        return epoch == 1
 
     def select(
         self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0

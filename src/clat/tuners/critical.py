@@ -13,11 +13,12 @@ from clat.inputs import check_fields
 from clat.layers import trace
 from clat.network import Images, Labels
 from clat.threat import Threat, attack_output
+from clat.tuners.base import Tuner
 from clat.tuners.selection import Selection, moving_norms, parameters_of, selectable, with_tied
 
 
 @dataclass(frozen=True, kw_only=True)
-class Critical:
+class Critical(Tuner):
     """Selects, trains and freezes by criticality.
 
     Layers that share a weight count as one and are selected together. A layer that was frozen before the first
@@ -57,10 +58,6 @@ class Critical:
         if self.batch < 1:
             raise InputError(f"critical.batch is {self.batch}; the criticality needs at least one image.")
         check_k(self.k, "critical.k")
-
-    def due(self, epoch: int) -> bool:
-        """Algorithm 1, line 3: epochs 1, 11, 21, ... for every 10."""
-        return epoch == 1 or (self.every > 0 and (epoch - 1) % self.every == 0)
 
     def select(
         self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0

@@ -1,8 +1,8 @@
 """The layer whose weights matter least for robustness trains alone, and is then blended with its start: RiFT."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,15 @@ from clat.inputs import check_fields
 from clat.layers import layer_modules, trace
 from clat.network import Images, Labels, held, logits
 from clat.threat import Threat, attack_output
+from clat.tuners.base import Measure, Tuner
 from clat.tuners.selection import Selection, moving_norms, selectable, with_tied
 
 Batches = Sequence[tuple[Images, Labels]]
 State = Mapping[str, Tensor]  # dotted name -> parameter or buffer
-Measure = Callable[[], tuple[float, float]]  # clean and robust accuracy of the network as it is now
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rift:
+class Rift(Tuner):
     """Trains the weight with the lowest module robust criticality (MRC), then interpolates.
 
     The training itself is the recipe's: the authors use the objective clean. Candidates are the weights of all Conv2d
@@ -51,9 +51,7 @@ class Rift:
     step_images: int = 512
     norm_statistics: Literal["frozen", "selected", "all"] = "all"
     largest_drop: float = 0.001
-    every: ClassVar[int] = 0
-    momentum: ClassVar[Literal["drop", "keep"]] = "drop"
-    learning_rate: ClassVar[Literal["continue", "restart"]] = "continue"
+    ends = True
 
     def __post_init__(self) -> None:
         check_fields(self, "rift.")
@@ -65,9 +63,6 @@ class Rift:
                 raise InputError(f"rift.{key} is {getattr(self, key)}; it must be above 0.")
         if not 0 <= self.largest_drop <= 1:
             raise InputError(f"rift.largest_drop is {self.largest_drop}; it is a share of the images, e.g. 0.001.")
-
-    def due(self, epoch: int) -> bool:
-        return epoch == 1
 
     def select(
         self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0

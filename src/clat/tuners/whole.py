@@ -1,27 +1,19 @@
 """The whole network trains: ordinary (adversarial) training."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from torch import nn
 
 from clat.layers import layers
 from clat.network import Images, Labels
 from clat.threat import Threat
+from clat.tuners.base import Tuner
 from clat.tuners.selection import Selection, parameters_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class Whole(Tuner):
     """Every parameter trains, in train mode, from the first epoch on; those frozen before stay frozen."""
-
-    batch: ClassVar[int] = 1
-    every: ClassVar[int] = 0
-    momentum: ClassVar[Literal["drop", "keep"]] = "drop"
-    learning_rate: ClassVar[Literal["continue", "restart"]] = "continue"
-
-    def due(self, epoch: int) -> bool:
-        return epoch == 1
 
     def select(
         self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
