@@ -3,24 +3,22 @@
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from clat import build_model
 from clat.compute import autocast
-from clat.data.dataset import Dataset, augment, to_unit
+from clat.data.dataset import augment, to_unit
 from clat.layers import trace
 from clat.models import Normalized
 from clat.objectives import Clat
-from clat.training.loop import _Trainer
+from clat.training.method import Method
+from clat.training.optimizer import make_optimizer
 from clat.training.recipe import Recipe
-from clat.training.runs import Run
 from clat.tuners import Selection
 
 Step = Callable[[], Any]
@@ -67,22 +65,20 @@ def layer_names(model: nn.Module, indices: Sequence[int]) -> list[str]:
 
 def ours(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor, selected: Sequence[int] = ()) -> Step:
     """A step of the training loop, from uint8 pixels to the moved weights; CLAT's with these layers selected."""
-    accelerator = Accelerator(cpu=pixels.device.type == "cpu")
-    held_out = Dataset(torch.cat([pixels, pixels]), torch.cat([y, y]), tuple(map(str, range(10))), "random", "train")
-    recipe = replace(recipe, batch_size=len(y))
-    trainer = _Trainer(recipe, model, held_out, Run(Path("none")), accelerator, None)
+    x = to_unit(pixels)
+    method = Method(model, recipe.make_objective(), recipe.make_tuner(), recipe.threat, precision=recipe.precision)
     if selected:
         names = layer_names(model, selected)
         prefixes = tuple(f"{name}." for name in names)
         trainable = tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes))
-        trainer._take(Selection(epoch=1, layers=tuple(names), trainable=trainable))
+        method.take(Selection(epoch=1, layers=tuple(names), trainable=trainable))
     else:
-        trainer._take(trainer._select(1))
-    objective = recipe.make_objective()
+        method.select(x, y)
+    optimizer = make_optimizer(recipe, model)
 
     def step() -> None:
         x = to_unit(augment(pixels))
-        trainer._update(objective, x, trainer._attack(objective, x, y), y, 1)
+        method.update(optimizer, x, method.attack(x, y), y)
 
     return step
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from clat import InputError
+from clat import InputError, evaluate
 from clat.attacks import apgd_ce, pgd, square, tier
 from clat.checkpoint import save_checkpoint
 from clat.cli import main as cli
@@ -21,7 +21,6 @@ from clat.cli.shared import assumed, device_named
 from clat.cli.tables import Name, apart, layer_table, status_table, sweep_table, transfer_table, trust_table
 from clat.compute import find_device, placed
 from clat.data.dataset import Dataset
-from clat.evaluation import evaluate
 from clat.evaluation.cost import pass_seconds
 from clat.evaluation.evaluate import Progress
 from clat.evaluation.fits import check_fits

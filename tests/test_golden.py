@@ -24,11 +24,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from clat import Dataset, Recipe, build_model
+from clat import Dataset, Recipe, build_model, train
 from clat.checkpoint import load_checkpoint
 from clat.cli.arguments import parse
 from clat.cli.commands import COMMANDS
-from clat.training import loop as train
 from clat.training.runs import environment
 
 torch.set_num_threads(1)

@@ -133,8 +133,8 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from test_methods import AWP, network, replace, train
 from clat.averaging import Average
-from clat.data import Dataset
-from clat.train import _Trainer
+from clat.data.dataset import Dataset
+from clat.training.loop import _Trainer
 pixels, labels = torch.load({data!r}, weights_only=True)
 data = Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train")
 model, finish = network(), _Trainer._finish

@@ -8,7 +8,7 @@ from clat.checkpoint import load_checkpoint, save_checkpoint
 from clat.errors import InputError
 from clat.layers import trace
 from clat.models import build_model, mix
-from clat.training.own_loop import CLAT
+from clat.training.method import CLAT
 
 COUNTS = {  # shared/reference/baselines.md, section 15, computed from the public sources
     ("rn18", 10): 11_173_962,
@@ -170,7 +170,7 @@ def test_a_clat_step_moves_critical_layers_alone(name, options):
     optimizer.zero_grad()
     tuner.loss(x, y).backward()
     optimizer.step()
-    tuner.check()
+    tuner.verify()
 
 
 def test_only_networks_of_the_same_classes_are_mixed():

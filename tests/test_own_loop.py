@@ -36,7 +36,7 @@ def test_a_users_loop(tiny, blobs):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        tuner.check()
+        tuner.verify()
     moved = {name for name, tensor in snapshot(tiny).items() if not same_bits(tensor, before[name])}
     assert moved == {f"{name}.weight" for name in chosen}
     assert {layer.name for layer in tuner.status() if layer.state == "trained"} == set(tuner.layers)
@@ -68,7 +68,7 @@ def test_the_check_notices_a_frozen_tensor_that_moved(plain, images):
     for layer in (plain.first, plain.second, plain.last):
         layer.weight.data += 1
     with pytest.raises(IntegrityError, match="is frozen but changed"):
-        tuner.check()
+        tuner.verify()
 
 
 def test_the_check_suggests_eval_where_a_pass_of_ones_own_moved_a_buffer(plain, images):
@@ -77,7 +77,7 @@ def test_the_check_suggests_eval_where_a_pass_of_ones_own_moved_a_buffer(plain, 
     steps(tuner, optimizer, *images, 1)
     plain.train()(images[0])
     with pytest.raises(IntegrityError, match=r"norm\..* is frozen but changed .*call model.eval\(\)"):
-        tuner.check()
+        tuner.verify()
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_resumed_loop_goes_on_as_if_it_had_never_stopped(plain, images, tmp_pa
 
     def end(tuner, optimizer):
         steps(tuner, optimizer, *images, 2)
-        tuner.check()
+        tuner.verify()
         layers = tuner.layers
         optimizer = torch.optim.SGD(tuner.select(*images), lr=0.1)
         steps(tuner, optimizer, *images, 2)
@@ -235,7 +235,7 @@ def test_ddp_wraps_after_each_selection(plain, images):
             optimizer.step()
             optimizer.zero_grad()
         assert sum(reduced) == 2 * sum(parameter.numel() for parameter in parameters)
-        tuner.check()
+        tuner.verify()
     tuner.select(x, y)
     with pytest.raises(InputError, match="wrap the network anew"):
         tuner.loss(x, y, through=wrapped)
@@ -287,7 +287,7 @@ def test_tied_weights_are_one_layer_and_train_by_either_name(ranking):
         assert tuner.selection.trainable == ("first.weight", "first.bias", "second.bias")
         optimizer = torch.optim.SGD(parameters, lr=0.1)
         steps(tuner, optimizer, x, y, 1)
-        tuner.check()
+        tuner.verify()
         assert {layer.name for layer in tuner.status() if layer.state == "trained"} == {"first", "second"}
         with pytest.raises(InputError, match="from 1 to 2"):
             CLAT(model, k=3, steps=1).select(x, y)

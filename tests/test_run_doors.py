@@ -714,9 +714,9 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from dataclasses import replace
 from test_run_doors import CRITICAL, small
-from clat.data import Dataset
+from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.train import _Trainer, train
+from clat.training.loop import _Trainer, train
 def full(self, epoch, *rest):
     raise InputError(f"The disk of {{self.rank}} is full.")
 data = Dataset(*torch.load({data!r}, weights_only=True), ("a", "b", "c"), "noise", "train")

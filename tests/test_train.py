@@ -123,8 +123,8 @@ import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from test_train import CLAT, BASE, network, replace, Critical
-from clat.data import Dataset
-from clat.train import train
+from clat.data.dataset import Dataset
+from clat.training.loop import train
 pixels, labels = torch.load({data!r}, weights_only=True)
 data = Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train")
 recipe = replace(BASE, epochs=6, health=False) if {name!r} == "whole" else replace(

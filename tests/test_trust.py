@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat import InputError, Verdict
+from clat import InputError, Verdict, trust
 from clat.attacks import apgd_ce
 from clat.checkpoint import save_checkpoint
 from clat.cli.main import main
 from clat.compute import native_precision
 from clat.data.dataset import Dataset, load_data, to_unit
-from clat.evaluation import trust
 from clat.evaluation.trust.battery import CHECKS, NEEDED
 from clat.evaluation.trust.check import Check, grade
 from clat.evaluation.trust.checks import beaten_by

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from clat import load_data
+from clat import evaluate, load_data
 from clat.attacks import pgd
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import percent
 from clat.data.dataset import Dataset
-from clat.evaluation import evaluate
 from clat.evaluation.accuracy import Accuracy
 from clat.files import write_text
 from clat.training.runs import Run

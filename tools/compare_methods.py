@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clat import load_data
+from clat import evaluate, load_data
 from clat.attacks import pgd
 from clat.checkpoint import load_checkpoint
-from clat.evaluation import evaluate
 from clat.evaluation.accuracy import Accuracy
 from clat.training.runs import Run
 

@@ -50,7 +50,7 @@ def measure(name: str) -> dict[str, Any]:
     loss.backward()
     optimizer.step()
     step = time.perf_counter() - start
-    clat.check()
+    clat.verify()
     return {
         "network": name,
         "batch": batch,

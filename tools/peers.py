@@ -23,12 +23,11 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from clat import load_data
+from clat import evaluate, load_data
 from clat.attacks import Attack, apgd_ce, autoattack, pgd, pgd_attack
 from clat.checkpoint import load_checkpoint
 from clat.compute import best_device, seeded
 from clat.data.dataset import Dataset, to_unit
-from clat.evaluation import evaluate
 from clat.evaluation.accuracy import Accuracy
 from clat.evaluation.evaluate import drawn
 from clat.files import write_text

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from clat import Clat, Critical, Recipe, build_model, load_data
+from clat import Clat, Critical, Recipe, build_model, load_data, train
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import percent
 from clat.evaluation.accuracy import Accuracy
-from clat.training import loop as train
 from clat.training.runs import Run
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from clat import load_data
+from clat import evaluate, load_data, trust
 from clat.attacks import autoattack, pgd, restarts, through_layers
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import percent
-from clat.evaluation import evaluate, trust
 from clat.evaluation.accuracy import worst_case
 from clat.evaluation.evaluate import drawn
 from clat.files import write_text

@@ -29,6 +29,7 @@ __all__ = [
     "LayerScore",
     "LayerStatus",
     "Mart",
+    "Method",
     "Objective",
     "PgdAt",
     "Recipe",

@@ -19,7 +19,7 @@ from clat.training.awp import Awp
 from clat.training.health import HealthError
 from clat.training.integrity import IntegrityError, LayerStatus, status
 from clat.training.loop import train
-from clat.training.own_loop import CLAT
+from clat.training.method import CLAT, Method
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
 from clat.tuners import ConvLora, Critical, Rift, Selection, Whole

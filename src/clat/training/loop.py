@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,17 +23,15 @@ from clat.data.dataset import Dataset, augment, to_unit
 from clat.errors import InputError
 from clat.evaluation.evaluate import evaluate
 from clat.evaluation.fits import check_fits
-from clat.network import Images, Labels, State, fingerprint, snapshot, tensors
-from clat.objectives.base import Objective
+from clat.network import State, fingerprint, snapshot, tensors
 from clat.text import plain
 from clat.threat import Threat
 from clat.training.averaging import Averaged
 from clat.training.health import check_attack, check_finite, check_learning
-from clat.training.integrity import verify
+from clat.training.method import Method
 from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from clat.training.recipe import Recipe
 from clat.training.runs import Run, environment
-from clat.tuners.convlora import adapted_layers, merge, merged_state
 from clat.tuners.selection import Selection
 
 Value = TypeVar("Value")
@@ -225,8 +223,9 @@ class _Trainer:
         self.data = training.to(self.device)
         self.validation = validation.subset(torch.arange(self.rank, len(validation), self.world)).to(self.device)
         self.classes, self.identity = len(data.classes), data.identity()
-        self.objective, self.tuner = recipe.make_objective(), recipe.make_tuner()
-        self.selection: Selection | None = None
+        objective, tuner = recipe.make_objective(), recipe.make_tuner()
+        self.method = Method(model, objective, tuner, recipe.threat, seed=recipe.seed, precision=recipe.precision)
+        self.objective, self.tuner = objective, tuner
         self.optimizer: torch.optim.Optimizer | None = None
         self.averaged = Averaged(model, recipe.average)
         self.console = console if console and accelerator.is_main_process else Console(quiet=True)
@@ -250,7 +249,7 @@ class _Trainer:
         try:
             metrics, overfitted = self._train(resuming, origin)
         finally:
-            merge(self.model)
+            self.tuner.undo(self.model)
             self.model._compiled_call_impl = None
         load_weights(self.run.last, self.model)  # if the last epoch was dropped, the one before
         self._finish(metrics, overfitted, self._end(start, metrics))
@@ -259,7 +258,6 @@ class _Trainer:
         """All epochs: their metrics, and the epoch that was dropped for overfitting, if one was."""
         recipe = self.recipe
         metrics, selections = self._restore() if resuming else ([], [])
-        before = snapshot(self.model)
         with _progress(self.console) as progress:
             task = progress.add_task("", total=recipe.epochs * self.steps, completed=len(metrics) * self.steps)
             for epoch in range(len(metrics) + 1, recipe.epochs + 1):
@@ -271,13 +269,9 @@ class _Trainer:
                         self._begin(origin)  # only now that all input is known to be good may an old run go
                     kept = optimizer_state(self.optimizer, self.model) if self.tuner.momentum == "keep" else {}
                     load_optimizer_state(self._take(selections[-1]), self.model, kept)
-                    # What the tuner added is new, and what it took away is no longer there.
-                    before = {name: before.get(name, tensor) for name, tensor in snapshot(self.model).items()}
                 progress.update(task, description=f"epoch {epoch}/{recipe.epochs}")
                 losses = self._epoch(epoch, lambda: progress.advance(task))
-                assert self.selection is not None
-                verify(self.model, self.selection, before)
-                before = snapshot(self.model)
+                self.method.verify()
                 trained = time.perf_counter() - start
                 entry = self._measure(epoch, losses, trained)
                 if self._overfits(metrics, entry):
@@ -298,8 +292,8 @@ class _Trainer:
         pixels, y = next(chosen.batches(self.tuner.batch, workers=0))
         # The same layers on every process. In fp32: early layers' differences of bf16 features are mostly rounding.
         with seeded(_seed(recipe.seed, epoch, 0), self.device):
-            selection = self.tuner.select(self.model, to_unit(pixels), y, recipe.threat, epoch=epoch, seed=recipe.seed)
-        if recipe.tuner != "whole":
+            selection = self.method.choose(to_unit(pixels), y, epoch)
+        if selection.partial(self.model):
             self.console.print(
                 f"  epoch {epoch}: selected {plain(_layer_list(selection))}", markup=False, highlight=False
             )
@@ -307,21 +301,16 @@ class _Trainer:
 
     def _take(self, selection: Selection) -> torch.optim.Optimizer:
         """Puts a selection into effect; the optimizer is made anew for what trains from here on."""
-        begin = getattr(self.tuner, "begin", None)
-        if begin is not None:
-            begin(self.model, selection, seed=self.recipe.seed)
-        selection.apply(self.model)
-        self.selection = selection
+        self.method.take(selection)
         self.optimizer = make_optimizer(self.recipe, self.model)
-        for parameter in self.model.parameters():
-            parameter.grad = None
         return self.optimizer
 
     def _epoch(self, epoch: int, advance: Any) -> dict[str, float]:
         recipe, optimizer = self.recipe, self.optimizer
         assert optimizer is not None
-        objective = recipe.make_objective()  # anew, so that an epoch can be repeated by itself
-        replays = getattr(objective, "replays", 1)
+        self.method.begin()
+        replays = self.objective.replays
+        awp = recipe.awp if recipe.awp and epoch > recipe.awp.warmup else None
         totals: dict[str, Tensor] = {}
         for step, (pixels, y) in enumerate(self._batches(epoch)):
             x = to_unit(augment(pixels) if recipe.augment else pixels)
@@ -329,8 +318,8 @@ class _Trainer:
                 self.first_batch = x, y
             set_rate(optimizer, recipe, self._learning_rate(epoch, step))
             for _ in range(replays):
-                x_adv = self._attack(objective, x, y)
-                terms = self._update(objective, x, x_adv, y, epoch)
+                x_adv = self.method.attack(x, y)
+                terms = self.method.update(optimizer, x, x_adv, y, awp=awp, clip=recipe.clip, share=self._share)
                 for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
                     totals[name] = totals.get(name, torch.zeros((), device=self.device)) + term
             last = step == self.steps - 1
@@ -342,35 +331,6 @@ class _Trainer:
             advance()
         self._share_buffers()
         return {name: total.item() / (self.steps * replays) for name, total in totals.items()}
-
-    def _attack(self, objective: Objective, x: Images, y: Labels) -> Images:
-        with autocast(self.device, self.recipe.precision):
-            x_adv = objective.perturb(self.model, x, y, self.recipe.threat)
-        return x if x_adv is x else self.recipe.threat.project(x_adv, x)
-
-    def _update(self, objective: Objective, x: Images, x_adv: Images, y: Labels, epoch: int) -> dict[str, Tensor]:
-        """One step of the optimizer; returns the terms of the loss."""
-        recipe, model, selection, optimizer = self.recipe, self.model, self.selection, self.optimizer
-        assert selection is not None
-        assert optimizer is not None
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-        def backward() -> dict[str, Tensor]:
-            with selection.mode(model), autocast(self.device, recipe.precision):
-                terms = objective.loss(model, x, x_adv, y)
-                loss = torch.stack(list(terms.values())).sum()
-            loss.backward()
-            self._share(parameters)
-            return {name: term.detach() for name, term in terms.items()}
-
-        awp = recipe.awp if recipe.awp and epoch > recipe.awp.warmup else None
-        with awp.weights(model, backward) if awp else nullcontext():
-            terms = backward()
-            if recipe.clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return terms
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of each batch; a rest smaller than a batch is left for another epoch's order."""
@@ -389,7 +349,9 @@ class _Trainer:
         return data.batches(part.shape[1], order=part.reshape(-1), workers=self.workers)
 
     def _learning_rate(self, epoch: int, step: int) -> float:
-        return learning_rate(self.recipe, epoch, step, self.steps, self.selection.epoch if self.selection else 1)
+        return learning_rate(
+            self.recipe, epoch, step, self.steps, self.method.selection.epoch if self.method.selection else 1
+        )
 
     def _share(self, parameters: list[nn.Parameter]) -> None:
         """Averages the gradients over the processes. Only what trains is sent, which under CLAT is little."""
@@ -400,9 +362,9 @@ class _Trainer:
                 gradient.copy_(part.view_as(gradient))
 
     def _share_buffers(self) -> None:
-        if self.world > 1 and self.selection is not None:
+        if self.world > 1 and self.method.selection is not None:
             for held in (dict(self.model.named_buffers()), self.averaged.tensors):
-                for name in sorted(self.selection.moving_buffers(self.model)):
+                for name in sorted(self.method.selection.moving_buffers(self.model)):
                     if name in held and held[name].is_floating_point():
                         held[name].copy_(self.accelerator.reduce(held[name].clone(), "mean"))
 
@@ -441,12 +403,11 @@ class _Trainer:
 
     def _probe(self) -> dict[str, float]:
         """Accuracy under attack on the epoch's first batch, for an objective that watches it."""
-        probe = getattr(self.objective, "probe", None)
-        if probe is None:
-            return {}
         x, y = self.first_batch
         with seeded(self.recipe.seed, self.device), autocast(self.device, self.recipe.precision):
-            right = probe(self.model, x, y, self.recipe.threat)
+            right = self.objective.probe(self.model, x, y, self.recipe.threat)
+        if right is None:
+            return {}
         correct, n = self.accelerator.reduce(torch.tensor([right.sum(), len(y)], device=self.device), "sum").tolist()
         return {"probe": correct / n}
 
@@ -455,7 +416,7 @@ class _Trainer:
         if "probe" not in entry or not metrics:
             return False
         fall = metrics[-1]["probe"] - entry["probe"]
-        if fall <= getattr(self.objective, "largest_drop", 1):
+        if fall <= self.objective.largest_drop:
             return False
         self.console.print(
             f"  epoch {entry['epoch']}: catastrophic overfitting (accuracy under attack on a training batch fell by "
@@ -504,6 +465,7 @@ class _Trainer:
                 f"{str(error).rstrip('.')}; resume the run with the network that it began with."
             ) from error
         self._restore_optimizer(epoch, selections[-1])
+        self.method.mark()
         _by_first(self.accelerator, lambda: self._mend(metrics))
         return metrics, selections
 
@@ -561,8 +523,8 @@ class _Trainer:
         _by_first(self.accelerator, lambda: self._write(epoch, metrics, selections))
 
     def _write(self, epoch: int, metrics: list[dict[str, Any]], selections: list[Selection]) -> None:
-        # While the network is adapted, ``last`` holds it merged, and it is stored as it is with the optimizer.
-        network = self.model.state_dict() if adapted_layers(self.model) else {}
+        # Where the tuner has changed the network, ``last`` holds its ordinary form, and this one is with the optimizer.
+        network = self.model.state_dict() if self.tuner.state(self.model) is not None else {}
         sections = {
             "optimizer": optimizer_state(self.optimizer, self.model),
             "average": self.averaged.tensors,
@@ -584,15 +546,16 @@ class _Trainer:
             self._save(self.run.best, entry)
 
     def _save(self, path: Path, entry: dict[str, Any], **facts: Any) -> None:
+        selection = self.method.selection
         save_checkpoint(
             path,
             self.model,
-            merged_state(self.model),
+            self.tuner.state(self.model),
             epoch=entry["epoch"],
             validation={key: entry[key] for key in ("clean", "robust", "validation_images")},
             data={**self.identity, "classes": self.data.classes, "shape": self.data.shape},
             holdout={"images": self.recipe.holdout, "seed": self.recipe.holdout_seed},
-            selected=list(self.selection.layers) if self.selection and self.recipe.tuner != "whole" else None,
+            selected=list(selection.layers) if selection and selection.partial(self.model) else None,
             **facts,
         )
 
@@ -603,7 +566,7 @@ class _Trainer:
         began = self.run.start
         if began.keys() != start.keys():
             other = "another network"
-        elif hasattr(self.tuner, "end") and {name: fingerprint(tensor) for name, tensor in start.items()} != began:
+        elif self.tuner.ends and {name: fingerprint(tensor) for name, tensor in start.items()} != began:
             other = "other weights"
         else:
             return
@@ -613,14 +576,13 @@ class _Trainer:
 
     def _end(self, start: State, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """What the tuner makes of the best network, its facts stored with it; a killed run that had it keeps it."""
-        end = getattr(self.tuner, "end", None)
-        if end is None:
+        if not self.tuner.ends:
             return {}
         facts = load_weights(self.run.best, self.model)
         self.averaged = Averaged(self.model, None)  # where weights were averaged, the best are
         self.accelerator.wait_for_everyone()  # every process has read it before the first one writes
         if "end" not in facts:
-            facts["end"] = end(self.model, start, lambda: self._accuracy()[:2])
+            facts["end"] = self.tuner.end(self.model, start, lambda: self._accuracy()[:2])
             entry = next(entry for entry in metrics if entry["epoch"] == facts["epoch"])
             best = {**entry, **facts["end"]}
             _by_first(self.accelerator, lambda: self._save(self.run.best, best, end=facts["end"]))

@@ -13,3 +13,5 @@ TUNERS: dict[str, type[Tuner]] = {
     "rift": Rift,
     "convlora": ConvLora,
 }
+
+__all__ = ["TUNERS", "ConvLora", "Critical", "Rift", "Selection", "Tuner", "Whole"]

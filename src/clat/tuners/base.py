@@ -35,6 +35,13 @@ class Tuner(ABC):
     def begin(self, model: nn.Module, selection: Selection, *, seed: int = 0) -> None:
         """Gives the network parameters that a selection trains beyond its own. By default there are none."""
 
+    def state(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """The network's ``state_dict`` in its ordinary form, where ``begin`` has changed it; else None."""
+        return None
+
+    def undo(self, model: nn.Module) -> None:
+        """Makes the network an ordinary one again, with what was trained in it."""
+
     def end(self, model: nn.Module, start: Mapping[str, Tensor], measure: Measure) -> dict[str, Any]:
         """Changes the best network once all epochs are done; returns facts for the record.
 

@@ -90,6 +90,12 @@ class ConvLora(Tuner):
             product = LowRank(module, self.rank, self.alpha / self.rank, generator)
             parametrize.register_parametrization(module, "weight", product)
 
+    def state(self, model: nn.Module) -> dict[str, Tensor] | None:
+        return merged_state(model) if adapted_layers(model) else None
+
+    def undo(self, model: nn.Module) -> None:
+        merge(model)
+
 
 class LowRank(nn.Module):
     """W + scale reshape(B A), with A called ``down`` and B called ``up``.

@@ -55,6 +55,10 @@ class Selection:
             parameter.requires_grad_(parameter in trainable)
         return [parameter for parameter in named.values() if parameter.requires_grad]
 
+    def partial(self, model: nn.Module) -> bool:
+        """Whether less than the whole network trains."""
+        return {name for name, _ in model.named_parameters()} != set(self.trainable)
+
     @contextmanager
     def mode(self, model: nn.Module) -> Iterator[None]:
         """Holds the modes that this selection trains in, whatever the caller set, and puts the caller's back."""
