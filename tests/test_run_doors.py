@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from torch import nn
 from clat import checkpoint
 from clat.checkpoint import load_tensors, load_weights
 from clat.cli.main import main
+from clat.cli.shared import write_json
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.models import build_model
@@ -504,6 +506,52 @@ def test_status_names_a_layer_that_the_network_has_not(copy, capsys):
     (copy.folder / "selections.jsonl").write_text("\n".join([*lines, json.dumps(entry)]) + "\n")
     assert main(["status", str(copy.folder)]) == 2
     assert "names no.such, which is no layer of the network" in capsys.readouterr().err
+
+
+# What --json names
+
+
+def test_json_is_written_to_a_device_a_pipe_or_through_a_link(tmp_path):
+    write_json("/dev/null", {"a": 1})
+    with pytest.raises(InputError, match="No space left on device"):
+        write_json("/dev/full", {"a": 1})
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(str(tmp_path / "pipe"), {"a": 1})
+    assert json.loads(os.read(reading, 100)) == {"a": 1}
+    os.close(reading)
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+    (tmp_path / "link").symlink_to(tmp_path / "new.json")
+    for value in (1, 2):
+        write_json(str(tmp_path / "link"), {"a": value})
+        assert json.loads((tmp_path / "new.json").read_text()) == {"a": value}
+        assert (tmp_path / "link").is_symlink()
+
+
+def test_a_folder_is_synced_after_a_rename(tmp_path, monkeypatch):
+    real, synced = os.fsync, []
+
+    def sync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_json(str(tmp_path / "a.json"), {})
+    assert synced == [str(tmp_path / ".a.json.partial"), str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    "place", [*(place for place in PATHS if place is not _dangling and place is not _a_file), Path]
+)
+def test_json_at_a_place_that_can_be_no_file_gets_one_sentence(place, tmp_path):
+    with pytest.raises(InputError, match="could not be written") as caught:
+        write_json(str(place(tmp_path)), {})
+    assert "\n" not in str(caught.value)
+    assert "\0" not in str(caught.value)
 
 
 # Full disks and interruptions

@@ -39,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         _sync_folder(path.parent)
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: a loop of links
         if temporary is not None:
-            with suppress(OSError):  # nothing was written, or its folder is a file
+            with suppress(OSError, ValueError):  # nothing was written, its folder is a file, or a NUL is in the name
                 temporary.unlink()
         raise InputError(
             f"{plain(path)} could not be written ({plain(error)}); free some disk space or choose another place."
