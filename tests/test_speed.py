@@ -224,10 +224,10 @@ def test_an_attack_in_bf16_keeps_half_the_bytes_of_one_in_fp32(name):
     def bytes_kept(precision: str) -> int:
         kept.clear()
         x = torch.rand(4, 3, 32, 32, requires_grad=True)
-        keep = lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1]  # noqa: E731
-        with fixed_norms(model), autocast("cpu", precision):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                F.cross_entropy(model(x), y)
+        keep = lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1]
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+        with fixed_norms(model), autocast("cpu", precision), hooks:
+            F.cross_entropy(model(x), y)
         own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
         features = [t for pointer, t in kept.items() if pointer not in own and t.dim() == 4 and len(t) == 4]
         return sum(t.untyped_storage().nbytes() for t in features)
@@ -425,5 +425,8 @@ def test_the_bench_runs(tmp_path, monkeypatch):
     assert 0 < row["clat feature / pgd-at"]["low"] <= row["clat feature / pgd-at"]["high"]
     assert 0 < bench.convolutions("cpu", 4, width=8)["share"] < 1
     assert 2**20 < bench.in_own_process("criticality", 4) < 2**30
+    for precision in ("fp32", "bf16"):
+        held = bench.kept_memory(4, precision, "cpu", width=8)["bytes"]
+        assert max(held["clat feature"], held["clat label"]) <= 0.6 * held["pgd-at"]
     parts["steps rn18"] = lambda: pytest.fail("measured twice")
     assert bench.run(parts, target, "cpu") == found

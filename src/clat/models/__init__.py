@@ -102,7 +102,9 @@ def build_model(
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"Model {name} does not take these options: {error}.") from error
-    if ":" not in name and bears_channels_last(network):  # a user's own forward may rely on the layout of its activations
+    if ":" not in name and bears_channels_last(
+        network
+    ):  # a user's own forward may rely on the layout of its activations
         network = network.to(memory_format=torch.channels_last)
     zero, one = [0.0] * channels, [1.0] * channels
     model = Normalized(network, zero if mean is None else mean, one if std is None else std)
