@@ -409,6 +409,15 @@ def test_the_floors_run_in_the_precision_of_their_contestants(monkeypatch):
             assert seen == {dtype}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_clat_keeps_little_more_than_half_of_what_pgd_at_keeps(monkeypatch, precision):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import run as bench
+
+    kept = bench.kept_memory(16, precision, "cpu", width=8)["bytes"]  # of smaller batches the weights are a large part
+    assert max(kept["clat feature"], kept["clat label"]) <= 0.6 * kept["pgd-at"]
+
+
 def test_the_bench_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import run as bench
@@ -425,8 +434,5 @@ def test_the_bench_runs(tmp_path, monkeypatch):
     assert 0 < row["clat feature / pgd-at"]["low"] <= row["clat feature / pgd-at"]["high"]
     assert 0 < bench.convolutions("cpu", 4, width=8)["share"] < 1
     assert 2**20 < bench.in_own_process("criticality", 4) < 2**30
-    for precision in ("fp32", "bf16"):
-        held = bench.kept_memory(4, precision, "cpu", width=8)["bytes"]
-        assert max(held["clat feature"], held["clat label"]) <= 0.6 * held["pgd-at"]
     parts["steps rn18"] = lambda: pytest.fail("measured twice")
     assert bench.run(parts, target, "cpu") == found
