@@ -16,6 +16,7 @@ def tables(parts: Parts) -> dict[str, list[str]]:
         "depth": by_depth(parts["by depth"]),
         "batch": by_batch(parts["by batch"]),
         "layout": layouts(parts),
+        "kept": memory([parts["kept fp32"], parts["kept bf16"]]),
         "memory": memory([parts["memory fp32"], parts["memory bf16"]]),
         "memory by layers": memory_by_layers(parts["memory by layers"]),
         "others": others(parts),

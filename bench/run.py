@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,6 +52,7 @@ MEMORY = TARGET.with_name("memory.json")
 BATCH = {"rn18": 16, "rn50": 4, "dn121": 4, "vgg19": 16, "preactrn18": 16, "wrn34-10": 2}  # a step takes some seconds
 REPEATS = 3
 EPOCH = 50_000  # images
+STEP_KINDS = ("pgd-at", "clat feature", "clat label")
 Rounds = dict[str, list[float]]
 
 
@@ -199,6 +201,27 @@ def _resident(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
+def kept(run: Step) -> int:
+    """Bytes that autograd keeps for its backward passes at their peak while ``run`` runs; weights count too."""
+    alive: Counter[tuple[int, int]] = Counter()
+    most = 0
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor):
+            nonlocal most
+            storage = tensor.untyped_storage()
+            self.tensor, self.storage = tensor, (storage.data_ptr(), storage.nbytes())
+            alive[self.storage] += 1
+            most = max(most, sum(size for (_, size), count in alive.items() if count))
+
+        def __del__(self) -> None:
+            alive[self.storage] -= 1
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda entry: entry.tensor):
+        run()
+    return most
+
+
 def memory_of(what: str, size: int, precision: Precision, device: str, **options: Any) -> int:
     """Two attack steps in place of ten: each one's memory is free again before the next."""
     if what in ("criticality", "forward"):
@@ -206,11 +229,15 @@ def memory_of(what: str, size: int, precision: Precision, device: str, **options
         x = to_unit(images(64, device)[0])
         run: Step = (lambda: criticality(model, x, x + 0.0)) if what == "criticality" else lambda: passed(model, x)
         return used(run, device)
+    return used(short_step(what, size, precision, device, **options), device)
+
+
+def short_step(what: str, size: int, precision: Precision, device: str, **options: Any) -> Step:
     recipe = {"pgd-at": PGD_AT, "clat feature": FEATURE, "clat label": LABEL}[what]
     recipe = replace(recipe, threat=Threat(steps=2), precision=precision)
     model = network("rn18", device, **options)
     pixels, y = images(size, device)
-    return used(ours(recipe, model, pixels, y, () if what == "pgd-at" else SELECTIONS["rn18"]), device)
+    return ours(recipe, model, pixels, y, () if what == "pgd-at" else SELECTIONS["rn18"])
 
 
 @torch.no_grad()
@@ -224,9 +251,13 @@ def in_own_process(what: str, size: int, precision: Precision = "fp32") -> int:
 
 
 def memory(batch: int, precision: Precision) -> dict[str, Any]:
-    found = {what: in_own_process(what, batch, precision) for what in ("pgd-at", "clat feature", "clat label")}
-    ratios = {f"{what} / pgd-at": round(found[what] / found["pgd-at"], 3) for what in ("clat feature", "clat label")}
-    return {"network": "rn18", "batch": batch, "precision": precision, "bytes": found, **ratios}
+    found = {what: in_own_process(what, batch, precision) for what in STEP_KINDS}
+    return {"network": "rn18", "batch": batch, "precision": precision, "bytes": found}
+
+
+def kept_memory(batch: int, precision: Precision, device: str, **options: Any) -> dict[str, Any]:
+    found = {what: kept(short_step(what, batch, precision, device, **options)) for what in STEP_KINDS}
+    return {"network": "rn18", "options": options, "batch": batch, "precision": precision, "bytes": found}
 
 
 def memory_by_layers(depths: Sequence[int]) -> dict[str, Any]:
@@ -342,8 +373,12 @@ def parts(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def memory_parts() -> dict[str, Callable[[], dict[str, Any]]]:
-    return {"memory fp32": lambda: memory(64, "fp32"), "memory bf16": lambda: memory(64, "bf16")}
+def memory_parts(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    return {
+        **{f"kept {p}": lambda p=p: kept_memory(32, p, device, width=16) for p in precisions},
+        **{f"memory {p}": lambda p=p: memory(64, p) for p in precisions},
+    }
 
 
 def run(todo: dict[str, Callable[[], dict[str, Any]]], target: Path, device: str) -> dict[str, Any]:
@@ -370,7 +405,9 @@ if __name__ == "__main__":
         _, what, size, precision = arguments
         print(memory_of(what, int(size), cast(Precision, precision), device))
     else:
-        memory_found = json.loads(MEMORY.read_text()) if "tables" in arguments else run(memory_parts(), MEMORY, device)
+        memory_found = (
+            json.loads(MEMORY.read_text()) if "tables" in arguments else run(memory_parts(device), MEMORY, device)
+        )
         found = json.loads(TARGET.read_text()) if arguments else run(parts(device), TARGET, device)
         for name, lines in tables(found["parts"] | memory_found["parts"]).items():
             print(f"\n{name}\n", *lines, sep="\n")

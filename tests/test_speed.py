@@ -226,8 +226,8 @@ def test_an_attack_in_bf16_keeps_half_the_bytes_of_one_in_fp32(name):
         kept.clear()
         x = torch.rand(4, 3, 32, 32, requires_grad=True)
         keep = lambda t: (kept.update({t.untyped_storage().data_ptr(): t}), t)[1]
-        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
-        with fixed_norms(model), autocast("cpu", precision), saved:
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+        with fixed_norms(model), autocast("cpu", precision), hooks:
             F.cross_entropy(model(x), y)
         own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
         features = [t for pointer, t in kept.items() if pointer not in own and t.dim() == 4 and len(t) == 4]
@@ -408,6 +408,15 @@ def test_the_floors_run_in_the_precision_of_their_contestants(monkeypatch):
             seen.clear()
             contestant()
             assert seen == {dtype}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_clat_keeps_little_more_than_half_of_what_pgd_at_keeps(monkeypatch, precision):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import run as bench
+
+    kept = bench.kept_memory(16, precision, "cpu", width=8)["bytes"]  # of smaller batches the weights are a large part
+    assert max(kept["clat feature"], kept["clat label"]) <= 0.6 * kept["pgd-at"]
 
 
 def test_the_bench_runs(tmp_path, monkeypatch):

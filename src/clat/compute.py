@@ -41,8 +41,8 @@ def choose(
     """Settles ``auto`` by the kind of device alone, and puts the network into the layout.
 
     The precision is bf16 where the device has instructions for it, else fp32; the layout is channels-last on CPUs and
-    CUDA, elsewhere torch's default. A network that fails in channels-last, as one that flattens with ``view`` may, or
-    gives other scores in it, gets torch's default.
+    CUDA, elsewhere torch's default. A network that fails in channels-last, as one that flattens with ``view`` may,
+    gives other scores in it, or has gradients that the CPU would get wrong (``bears_channels_last``), gets the default.
 
     Args:
         x: a few images on the network's device
@@ -64,9 +64,9 @@ def choose(
 def in_words(device: torch.device, precision: Precision, layout: Layout, asked: Layout = "auto") -> str:
     """What was settled, with the flags that repeat it, and whether channels-last was refused for it."""
     refused = asked == "auto" and layout == "default" and device.type in CHANNELS_LAST
-    words = str("default layout" if layout == "default" else layout)
-    words += ", as the network does not bear channels-last" if refused else ""
-    return f"computes in {precision}, {words} (--precision {precision} --layout {layout})"
+    words = "default layout" if layout == "default" else str(layout)
+    why = ", as the network does not bear channels-last" if refused else ""
+    return f"computes in {precision}, {words}{why} (--precision {precision} --layout {layout})"
 
 
 def _refusal(model: nn.Module, x: Images, layout: Layout) -> str:
