@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from clat.errors import InputError
 from clat.network import same_bits, snapshot
-from clat.objectives import OBJECTIVES, FreeAt, GradAlign
+from clat.objectives import OBJECTIVES, FreeAt
 from clat.threat import Threat
 from clat.training.awp import Awp
 
@@ -94,8 +94,8 @@ def test_the_step_acts_on_the_adversarial_weights(plain, images):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_it_wraps_every_objective(name, plain, images):
     x, y = images
-    objective = OBJECTIVES[name]()
-    threat = Threat(eps=0.1, step=0.1, steps=1, start="zero" if isinstance(objective, GradAlign) else "uniform")
+    objective = OBJECTIVES[name]().begin()
+    threat = Threat(eps=0.1, step=0.1, steps=1, start="zero" if name == "grad-align" else "uniform")
     plain.train()
     freeze_all_but(plain, "first.weight", "second.weight")
     before = snapshot(plain)

@@ -150,7 +150,7 @@ def test_typos_help_and_version_need_no_torch():
     code, printed, errors = run(
         python="""
 import sys
-from clat.cli import main
+from clat.cli.main import main
 for arguments in (["trian"], ["train", "pgdat"], ["train", "pgd-at", "--epoch", "3"], ["evaluate"],
                   ["evaluate", "x", "--data", "x", "--tier", "ful"], ["train", "pgd-at", "--model", "rn18"]):
     assert main(arguments) == 2

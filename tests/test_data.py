@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import clat
+from clat.data import dataset as data_module
 from clat.data.dataset import EMBEDDED, Dataset, augment, load_data, to_unit
-from clat.data.dataset import dataset as data_module
 from clat.errors import InputError
 
 LABEL = datasets.Value("int64")

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 from clat.cli import shared
 from clat.cli.main import main
 from clat.cli.shared import data_named, fitting
+from clat.data import dataset as data_module
 from clat.data.arrays import as_dataset
 from clat.data.dataset import Dataset, load_data
-from clat.data.dataset import dataset as data_module
 from clat.errors import InputError
 
 RNG = np.random.default_rng(0)

@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 
 def batches(recipe, data, out):
-    trainer = _Trainer(recipe, network(), data, Run(out), Accelerator(), None)
+    trainer = _Trainer(recipe, network(), data, Run(out), Accelerator(), torch.device("cpu"), 0, None)
     return list(trainer._batches(1)), list(trainer._batches(2)), trainer.steps
 
 

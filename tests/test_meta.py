@@ -98,11 +98,10 @@ def threat(objective: str) -> Threat:
 
 def one_step(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor) -> Tensor:
     """Selection, then twice attack, loss, backward and update, as the training loop has them; returns the loss."""
-    objective, tuner = recipe.make_objective(), recipe.make_tuner()
+    objective, tuner = recipe.make_objective().begin(), recipe.make_tuner()
     x = to_unit(augment(pixels))
     selection = tuner.select(model, x, y, recipe.threat)
-    if hasattr(tuner, "begin"):
-        tuner.begin(model, selection)
+    tuner.begin(model, selection)
     trained = selection.apply(model)
     optimizer, averaged = make_optimizer(recipe, model), Averaged(model, recipe.average)
     for _ in range(2):  # the second with what the first left: momentum, Free-AT's delta, Clat's count of calls
@@ -120,9 +119,9 @@ def one_step(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor) -> Ten
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         averaged.take(1, last=True)
-    if hasattr(objective, "probe"):
-        objective.probe(model, x, y, recipe.threat).sum().item()
-    if hasattr(tuner, "end"):
+    if (right := objective.probe(model, x, y, recipe.threat)) is not None:
+        right.sum().item()
+    if tuner.ends:
         tuner.end(model, model.state_dict(), lambda: (0.5, 0.5))
     merge(model)
     return loss

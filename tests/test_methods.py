@@ -132,7 +132,7 @@ import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from test_methods import AWP, network, replace, train
-from clat.averaging import Average
+from clat.training.averaging import Average
 from clat.data.dataset import Dataset
 from clat.training.loop import _Trainer
 pixels, labels = torch.load({data!r}, weights_only=True)

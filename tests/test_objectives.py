@@ -162,11 +162,9 @@ def test_the_feature_attack_runs_only_as_far_as_the_deepest_selected_layer(plain
     select(plain, "first")
     objective = Clat(attack="feature")
     objective.perturb(plain, x, y, Threat(steps=5))
-    assert runs == {"second": 1, "last": 1}  # the pass that records the clean features and counts the layer's calls
+    assert runs == {"second": 1, "last": 1}  # on one image, to count the layer's calls
     objective.loss(plain, x, x, y)
     assert runs == {"second": 2, "last": 2}  # the cross-entropy's
-    objective.perturb(plain, x, y, Threat(steps=5))
-    assert runs == {"second": 2, "last": 2}
 
 
 def test_a_zero_start_is_refused_for_the_feature_attack(plain, images):
@@ -405,7 +403,7 @@ def test_free_at_moves_weights_and_delta_together_over_replays_and_batches(plain
     weights = snapshot(plain)
 
     plain.load_state_dict(start)
-    objective, optimizer = FreeAt(replays=2), torch.optim.SGD(plain.parameters(), lr=0.05)
+    objective, optimizer = FreeAt(replays=2).begin(), torch.optim.SGD(plain.parameters(), lr=0.05)
     for x, y in batches:
         for _ in range(objective.replays):
             x_adv = objective.perturb(plain, x, y, threat)

@@ -423,7 +423,7 @@ def test_a_damaged_run_is_refused_by_name_or_mended(name, damage, finished, copy
         ("selections.jsonl", "epoch", 2, r"holds the selections of epochs \[1, 2\] and not those of \[1, 3\]"),
         ("selections.jsonl", "epoch", 1, "do not ascend"),
         ("selections.jsonl", "layers", "conv1", "layers is no list of names"),
-        ("selections.jsonl", "trainable", ["no.such"], "has no parameter no.such"),
+        ("selections.jsonl", "trainable", ["no.such"], "has no parameter"),
         ("selections.jsonl", "training", ["no.such"], "does not fit the network"),
         ("selections.jsonl", "scores", [{"name": "x"}], "a score is no layer's"),
     ],
@@ -667,7 +667,7 @@ def test_ctrl_c_in_training_ends_with_130_and_the_run_goes_on(tmp_path, monkeypa
         assert main([*command, "--device", "cpu", "--workers", "0"]) == 130
     printed = capsys.readouterr()
     assert printed.err == "clat: Interrupted; a training run continues with --resume.\n"
-    assert "computes on cpu in fp32, layout default, in 1 process" in printed.out
+    assert "(--precision fp32 --layout default) on cpu, 1 process" in printed.out
     assert Run(tmp_path / "[/x]run").epoch == 1
     assert main([*command, "--resume"]) == 0
     assert Run(tmp_path / "[/x]run").epoch == 2

@@ -75,6 +75,7 @@ def run(out: Path, *, resume: bool = False, overwrite: bool = False, console: Co
         f"Robust: {EVALUATION.steps}-step PGD, linf, eps 16/255, fp32; 95 % Wilson intervals; one seed, a toy scale.\n"
         f"Run folders: {where}/pgd-at, {where}/clat, {where}/pgd-at-further. Look into one with: clat status "
         f"{where}/clat",
+        markup=False,
         highlight=False,
     )
 

@@ -478,8 +478,9 @@ class _Trainer:
                 raise AttributeError(f"the network has no parameter {min(unknown)}")
             for name in selection.training:
                 self.model.get_submodule(name)
-        except AttributeError as error:
-            raise self.run.unusable("selections.jsonl", f"does not fit the network ({plain(error)})") from error
+        except (AttributeError, InputError) as error:
+            reason = plain(str(error).rstrip("."))
+            raise self.run.unusable("selections.jsonl", f"does not fit the network ({reason})") from error
         remedy = (
             f"{self.run.last.name} holds the weights of epoch {epoch} and is intact: start from it with clat finetune "
             f"RECIPE --from {plain(self.run.last)} --out ANOTHER, or put {path.name} back from a copy"
