@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clat.errors import InputError
-from clat.layers import _eager, _hooked
+from clat.layers import eager, hooked
 from clat.network import Cost, Images, first_tensor, held, logits
 
 At = Literal["output", "activation"]
@@ -63,9 +63,9 @@ def observe(
         if follow is None and seen == stop_after:
             raise _Stop
 
-    with _hooked([module.register_forward_hook(hook) for module in modules.values()]), follow or nullcontext():
+    with hooked([module.register_forward_hook(hook) for module in modules.values()]), follow or nullcontext():
         try:
-            return logits(_eager(model, x))
+            return logits(eager(model, x))
         except _Stop:
             return None
 

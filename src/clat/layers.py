@@ -119,8 +119,8 @@ def trace(model: nn.Module, x: Images) -> list[Call]:
 
     handles = [module.register_forward_hook(on_layer(name, module)) for name, module in layer_modules(model).items()]
     handles += [module.register_forward_pre_hook(on_norm) for module in norms]
-    with held(model), _hooked(handles):
-        _eager(model, x)
+    with held(model), hooked(handles):
+        eager(model, x)
     if not calls:
         raise InputError(
             f"{type(model).__name__} ran no convolution, linear layer or attention block, so there is no layer to rank."
@@ -136,13 +136,13 @@ def is_shortcut(name: str, module: nn.Module) -> bool:
     return bool(_SHORTCUT.search(name) or (pointwise and _POINTWISE_SHORTCUT.search(name)))
 
 
-def _eager(model: nn.Module, x: Images) -> Any:
+def eager(model: nn.Module, x: Images) -> Any:
     """What the network returns for x; not by way of ``torch.compile``, whose code does not run hooks."""
     return getattr(model, "_orig_mod", model)._call_impl(x)
 
 
 @contextmanager
-def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
+def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
     """Removes the hooks afterwards; meanwhile attention takes the path on which hooks fire."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
