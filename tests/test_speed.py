@@ -372,7 +372,8 @@ def test_what_was_chosen_is_said_with_the_flags_that_repeat_it(settled, asked, w
 
 def test_a_run_keeps_what_was_settled_and_gives_the_network_back_in_its_own_layout(blobs, tmp_path, monkeypatch):
     monkeypatch.setattr("clat.compute.native_precision", lambda _: "fp32")
-    model = network().to(memory_format=torch.contiguous_format)
+    wide = build_model("rn18", 3, channels=1, width=16)  # bears channels-last with vectors of 16 numbers too
+    model = wide.to(memory_format=torch.contiguous_format)
     printed = io.StringIO()
     run = train(replace(CLAT, epochs=1), model, blobs, out=tmp_path / "run", console=Console(file=printed, width=200))
     assert (run.recipe["precision"], run.recipe["layout"]) == ("fp32", "channels-last")

@@ -34,6 +34,7 @@ import torch
 import yaml
 
 from clat.checkpoint import load_tensors
+from clat.compute import native_precision
 from clat.criticality import LayerScore
 from clat.errors import InputError
 from clat.files import parse_json, parse_yaml, read_text, write_text
@@ -483,6 +484,8 @@ def environment(device: torch.device, processes: int = 1, argv: Sequence[str] | 
         "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "native_precision": native_precision(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
