@@ -46,7 +46,7 @@ from clat.criticality import criticality
 from clat.data.dataset import to_unit
 from clat.files import write_text
 from clat.threat import Threat, attack_output
-from clat.training.runs import environment
+from clat.training.environment import environment
 
 TARGET = Path(__file__).parents[1] / "results/bench.json"
 MEMORY = TARGET.with_name("memory.json")

@@ -19,7 +19,7 @@ from clat.objectives import Clat
 from clat.training.method import Method
 from clat.training.optimizer import make_optimizer
 from clat.training.recipe import Recipe
-from clat.tuners import Selection
+from clat.tuners import Critical, Selection
 
 Step = Callable[[], Any]
 
@@ -36,8 +36,8 @@ SELECTIONS = {
 }
 
 PGD_AT = Recipe(holdout=1, precision="auto")
-FEATURE = replace(PGD_AT, objective="clat", tuner="critical", clat=Clat(attack="feature"))
-LABEL = replace(FEATURE, clat=Clat(attack="label"))
+FEATURE = replace(PGD_AT, objective=Clat(attack="feature"), tuner=Critical())
+LABEL = replace(FEATURE, objective=Clat(attack="label"))
 
 
 def network(name: str, device: str, **options: Any) -> Normalized:
@@ -66,7 +66,7 @@ def layer_names(model: nn.Module, indices: Sequence[int]) -> list[str]:
 def ours(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor, selected: Sequence[int] = ()) -> Step:
     """A step of the training loop, from uint8 pixels to the moved weights; CLAT's with these layers selected."""
     x = to_unit(pixels)
-    method = Method(model, recipe.make_objective(), recipe.make_tuner(), recipe.threat, precision=recipe.precision)
+    method = Method(model, recipe.objective, recipe.tuner, recipe.threat, precision=recipe.precision)
     if selected:
         names = layer_names(model, selected)
         prefixes = tuple(f"{name}." for name in names)

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from clat.checkpoint import load_checkpoint, load_tensors
+from clat.cli.main import main
 from clat.errors import InputError
 from clat.evaluation.evaluate import evaluate
 from clat.models import build_model
 from clat.network import same_bits, snapshot
 from clat.threat import Threat
+from clat.training import saving
 from clat.training.averaging import Average, Averaged
-from clat.training.loop import _Trainer, train
+from clat.training.loop import train
 from clat.training.recipe import Recipe
-from conftest import Plain, dies_before
+from conftest import Plain, dies_before, same_tensors
 
 RECIPE = Recipe(
     epochs=3, batch_size=60, lr=0.05, holdout=60, validation_steps=2, health=False, augment=False, precision="fp32",
@@ -75,7 +77,7 @@ def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(avera
         torch.manual_seed(0)
         return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
-    monkeypatch.setattr(_Trainer, "_best", lambda _self, metrics: metrics[-1]["epoch"])
+    monkeypatch.setattr(saving, "best_epoch", lambda metrics, recipe: metrics[-1]["epoch"])
     recipe = replace(RECIPE, average=average)
     run = train(recipe, network(), blobs, out=tmp_path / "run")
     plain = train(replace(recipe, average=None), network(), blobs, out=tmp_path / "plain")
@@ -98,3 +100,46 @@ def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(avera
 def test_values_out_of_range_are_refused(keys):
     with pytest.raises(InputError, match="average"):
         Average(**keys)
+
+
+def test_the_averaged_last_is_kept_evaluated_and_mended(blobs, tmp_path, monkeypatch, capsys):
+    """Where the best is the first epoch, ``averaged`` alone holds the average after the last one."""
+
+    def network():
+        torch.manual_seed(0)
+        return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
+
+    monkeypatch.setattr(saving, "best_epoch", lambda metrics, recipe: 1)
+    run = train(RECIPE, network(), blobs, out=tmp_path / "run")
+    (averaged, facts), (last, _), (best, _) = (load_tensors(path) for path in (run.averaged, run.last, run.best))
+    optimizer, _ = load_tensors(run.optimizer(3))
+    assert facts["epoch"] == 3
+    for name in averaged:
+        assert same_bits(averaged[name], optimizer[f"average/{name}"])
+    name = "network.conv1.weight"
+    assert not same_bits(averaged[name], last[name])
+    assert not same_bits(averaged[name], best[name])
+    model, _ = load_checkpoint(run.averaged)
+    _, held_out = blobs.hold_out(60, RECIPE.holdout_seed)
+    assert evaluate(model, held_out, RECIPE.threat, seed=0).clean.value == run.metrics[-1]["clean"]
+    assert main(["status", str(run.folder)]) == 0
+    assert "averaged.safetensors holds the averaged weights" in " ".join(capsys.readouterr().out.split())
+
+    for time in (1, 2, 3):
+        with dies_before("averaged", time=time):
+            train(RECIPE, network(), blobs, out=tmp_path / f"killed-{time}")
+        killed = train(RECIPE, network(), blobs, out=tmp_path / f"killed-{time}", resume=True)
+        assert same_tensors(killed.averaged, run.averaged)
+    run.averaged.unlink()  # the tensors above are read from it still
+    run.averaged.write_bytes(b"cut")
+    train(RECIPE, network(), blobs, out=run.folder, resume=True)
+    assert all(same_bits(tensor, averaged[name]) for name, tensor in load_tensors(run.averaged)[0].items())
+
+
+def test_before_the_start_and_without_averaging_there_is_no_average_to_keep(blobs, tmp_path):
+    torch.manual_seed(0)
+    later = replace(RECIPE, epochs=1, average=Average(start=2))
+    for name, recipe in (("later", later), ("none", replace(RECIPE, epochs=1, average=None))):
+        run = train(recipe, Plain(), blobs, out=tmp_path / name)
+        assert run.last.exists()
+        assert not run.averaged.exists()

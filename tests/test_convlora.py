@@ -11,7 +11,7 @@ from clat.compute import autocast
 from clat.errors import InputError
 from clat.models import build_model
 from clat.network import same_bits, snapshot
-from clat.objectives import FastAt
+from clat.objectives import FastAt, PgdAt
 from clat.threat import Threat
 from clat.training.health import HealthError
 from clat.training.integrity import status_since
@@ -23,7 +23,7 @@ from conftest import dies_before, same_tensors
 
 THREAT = Threat(eps=0.1, step=0.05, steps=2)
 RECIPE = Recipe(
-    objective="pgd-at", tuner="convlora", threat=THREAT, validation_steps=2, epochs=3, batch_size=60, holdout=60,
+    objective=PgdAt(), tuner=ConvLora(), threat=THREAT, validation_steps=2, epochs=3, batch_size=60, holdout=60,
     optimizer="adamw", lr=1e-3, weight_decay=0.0, health=False,
 )  # fmt: skip
 
@@ -176,7 +176,7 @@ def test_a_dropped_epoch_leaves_the_merged_network_of_the_one_before(blobs, tmp_
     accuracies = iter([0.9, 0.9, 0.4])
     monkeypatch.setattr(FastAt, "probe", lambda _s, _m, _x, y, _t: torch.arange(len(y)) < len(y) * next(accuracies))
     model, one_step = network(), Threat(eps=0.1, step=0.1, steps=1)
-    recipe = replace(RECIPE, objective="fast-at", threat=one_step, epochs=4)
+    recipe = replace(RECIPE, objective=FastAt(), threat=one_step, epochs=4)
     run = train(recipe, model, blobs, out=tmp_path / "run")
     assert (run.result["epochs"], run.result["overfitted"]) == (2, 3)
     last, _ = load_tensors(run.last)

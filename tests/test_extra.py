@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
@@ -14,15 +13,17 @@ from clat.data.dataset import to_unit
 from clat.errors import InputError
 from clat.models import build_model
 from clat.network import predict
+from clat.objectives import Clean
 from clat.threat import Threat
+from clat.training.batches import run_images
 from clat.training.extra import Extra
-from clat.training.loop import _Trainer, train
+from clat.training.loop import train
+from clat.training.processes import started
 from clat.training.recipe import Recipe
-from clat.training.runs import Run
 from conftest import dies_before, same_tensors
 
 BASE = Recipe(
-    objective="clean", threat=Threat(eps=0.1, step=0.05, steps=2), validation_steps=2, epochs=3, batch_size=60,
+    objective=Clean(), threat=Threat(eps=0.1, step=0.05, steps=2), validation_steps=2, epochs=3, batch_size=60,
     holdout=60, lr=0.05, health=False,
 )  # fmt: skip
 
@@ -42,14 +43,14 @@ def folder(tmp_path):
     return str(tmp_path / "extra")
 
 
-def batches(recipe, data, out):
-    trainer = _Trainer(recipe, network(), data, Run(out), Accelerator(), torch.device("cpu"), 0, None)
-    return list(trainer._batches(1)), list(trainer._batches(2)), trainer.steps
+def batches(recipe, data):
+    images = run_images(recipe, data, started("cpu"))
+    return list(images.pixels(1)), list(images.pixels(2)), images.steps
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.5, 30), (0.7, 42), (0.05, 3)])
-def test_each_batch_has_its_share_with_its_labels(share, count, folder, blobs, tmp_path):
-    first, second, steps = batches(replace(BASE, extra=Extra(source=folder, share=share)), blobs, tmp_path)
+def test_each_batch_has_its_share_with_its_labels(share, count, folder, blobs):
+    first, second, steps = batches(replace(BASE, extra=Extra(source=folder, share=share)), blobs)
     assert len(first) == steps == 3  # as many as without
     for pixels, y in first:
         extra = pixels[:, 0, 0, 0] >= 250

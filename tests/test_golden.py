@@ -28,7 +28,7 @@ from clat import Dataset, Recipe, build_model, train
 from clat.checkpoint import load_checkpoint
 from clat.cli.arguments import parse
 from clat.cli.commands import COMMANDS
-from clat.training.runs import environment
+from clat.training.environment import environment
 
 torch.set_num_threads(1)
 
@@ -62,7 +62,7 @@ OTHER: dict[str, Keys] = {
         "tuner": "critical",
         "epochs": 2,
         "clat": {"weight": 0.1, "cross_entropy": "clean", "attack": "feature"},
-        "critical": {"k": 3, "every": 1, "momentum": "keep", "learning_rate": "restart", "norm_statistics": "all"},
+        "critical": {"k": 3, "every": 1, "optimizer_state": "keep", "lr_schedule": "restart", "norm_statistics": "all"},
     },
     "relative distance after the activation, both cross-entropies": {
         "objective": "clat",

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from clat.data.dataset import augment, to_unit
 from clat.models import Normalized
-from clat.objectives import OBJECTIVES, Clat, Score
+from clat.objectives import OBJECTIVES, Clat, Score, Trades
 from clat.threat import Threat
 from clat.training.averaging import Average, Averaged
 from clat.training.awp import Awp
@@ -98,7 +98,7 @@ def threat(objective: str) -> Threat:
 
 def one_step(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor) -> Tensor:
     """Selection, then twice attack, loss, backward and update, as the training loop has them; returns the loss."""
-    objective, tuner = recipe.make_objective().begin(), recipe.make_tuner()
+    objective, tuner = recipe.objective.begin(), recipe.tuner
     x = to_unit(augment(pixels))
     selection = tuner.select(model, x, y, recipe.threat)
     tuner.begin(model, selection)
@@ -137,8 +137,8 @@ def check(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(("objective", "tuner"), list(product(OBJECTIVES, TUNERS)))
 def test_no_step_mixes_devices(objective, tuner):
-    keys = {"rift": Rift(passes=1)} if tuner == "rift" else {}
-    check(Recipe(objective=objective, tuner=tuner, threat=threat(objective), average=Average(), **keys))
+    trains = Rift(passes=1) if tuner == "rift" else TUNERS[tuner]()
+    check(Recipe(objective=OBJECTIVES[objective](), tuner=trains, threat=threat(objective), average=Average()))
 
 
 L2 = Threat(steps=2, norm="l2", mode="batch")
@@ -147,14 +147,14 @@ L2 = Threat(steps=2, norm="l2", mode="batch")
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(objective="clat", tuner="critical", clat=Clat(attack="feature", cross_entropy="both"), threat=L2),
-        Recipe(objective="clat", tuner="critical", clat=Clat(attack="feature", distance="relative", at="activation")),
-        Recipe(tuner="critical", critical=Critical(ranking="random", norm_affine=True, norm_statistics="selected")),
-        Recipe(tuner="rift", rift=Rift(passes=1, norm_statistics="selected"), optimizer="adamw", decay="kernels"),
-        Recipe(tuner="convlora", convlora=ConvLora(head=True), average=Average(kind="swa")),
-        Recipe(objective="score", score=Score(form="pgd-at"), threat=Threat(steps=2, start="gaussian", mode="train")),
+        Recipe(objective=Clat(attack="feature", cross_entropy="both"), tuner=Critical(), threat=L2),
+        Recipe(objective=Clat(attack="feature", distance="relative", at="activation"), tuner=Critical()),
+        Recipe(tuner=Critical(ranking="random", norm_affine=True, norm_statistics="selected")),
+        Recipe(tuner=Rift(passes=1, norm_statistics="selected"), optimizer="adamw", decay="kernels"),
+        Recipe(tuner=ConvLora(head=True), average=Average(kind="swa")),
+        Recipe(objective=Score(form="pgd-at"), threat=Threat(steps=2, start="gaussian", mode="train")),
     ],
-    ids=lambda recipe: f"{recipe.objective}-{recipe.tuner}",
+    ids=lambda recipe: f"{recipe.objective.name}-{recipe.tuner.name}",
 )
 def test_no_variant_mixes_devices(recipe):
     check(recipe)
@@ -196,7 +196,7 @@ def stray_among_indices(monkeypatch):
     "plant", [stray_in_loss, stray_in_attack, stray_in_selection, stray_in_update, stray_among_indices]
 )
 def test_a_stray_tensor_of_the_host_is_noticed(monkeypatch, plant):
-    recipe = Recipe(objective="trades", tuner="critical", threat=threat("trades"))
+    recipe = Recipe(objective=Trades(), tuner=Critical(), threat=threat("trades"))
     check(recipe)
     plant(monkeypatch)
     with pytest.raises(RuntimeError, match="tensors of cpu and meta"):

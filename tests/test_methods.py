@@ -13,26 +13,27 @@ from clat.checkpoint import load_tensors
 from clat.errors import InputError
 from clat.models import build_model
 from clat.network import same_bits
-from clat.objectives import FastAt, FreeAt, Mart, Trades
+from clat.objectives import Clat, FastAt, FreeAt, GradAlign, Mart, Score, Trades
 from clat.threat import Threat
 from clat.training.awp import Awp
 from clat.training.loop import train
 from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from clat.training.recipe import Recipe
+from clat.tuners import Critical
 from conftest import Plain, dies_before, same_tensors
 
 ONE_STEP = Threat(eps=0.1, step=0.1, steps=1)
 BASE = Recipe(epochs=3, batch_size=60, lr=0.05, holdout=60, threat=ONE_STEP, validation_steps=2, health=False)
-FREE = replace(BASE, objective="free-at", free_at=FreeAt(replays=3), threat=replace(ONE_STEP, start="zero"))
-FAST = replace(BASE, objective="fast-at", schedule="cyclic", cycle_momentum=True, lr=0.1)
-AWP = replace(BASE, objective="trades", awp=Awp(gamma=0.02, warmup=1), decay="kernels")
+FREE = replace(BASE, objective=FreeAt(replays=3), threat=replace(ONE_STEP, start="zero"))
+FAST = replace(BASE, objective=FastAt(), schedule="cyclic", cycle_momentum=True, lr=0.1)
+AWP = replace(BASE, objective=Trades(), awp=Awp(gamma=0.02, warmup=1), decay="kernels")
 EVERY = {
-    "trades": BASE,
-    "mart": BASE,
-    "score": BASE,
+    "trades": replace(BASE, objective=Trades()),
+    "mart": replace(BASE, objective=Mart()),
+    "score": replace(BASE, objective=Score()),
     "fast-at": FAST,
     "free-at": FREE,
-    "grad-align": replace(BASE, threat=replace(ONE_STEP, start="zero", mode="batch")),
+    "grad-align": replace(BASE, objective=GradAlign(), threat=replace(ONE_STEP, start="zero", mode="batch")),
 }
 
 
@@ -43,7 +44,7 @@ def network() -> nn.Module:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_objective_trains(name, blobs, tmp_path):
-    recipe = replace(EVERY[name], objective=name, epochs=5, batch_size=20, augment=False, health=True)
+    recipe = replace(EVERY[name], epochs=5, batch_size=20, augment=False, health=True)
     run = train(recipe, network(), blobs, out=tmp_path / "run")
     assert run.result["best"]["clean"] > 0.6
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
@@ -106,7 +107,7 @@ def test_awp_sets_in_after_its_warmup_and_changes_the_run(blobs, tmp_path, monke
 
 
 def test_awp_under_a_selection_moves_only_what_trains(blobs, tmp_path):
-    recipe = replace(BASE, objective="clat", tuner="critical", awp=Awp(gamma=0.05))
+    recipe = replace(BASE, objective=Clat(), tuner=Critical(), awp=Awp(gamma=0.05))
     run = train(recipe, network(), blobs, out=tmp_path / "run")  # the loop checks the frozen tensors bit by bit
     assert run.result["epochs"] == 3
 
@@ -134,15 +135,15 @@ sys.path.insert(0, {tests!r})
 from test_methods import AWP, network, replace, train
 from clat.training.averaging import Average
 from clat.data.dataset import Dataset
-from clat.training.loop import _Trainer
+from clat.training import loop
 pixels, labels = torch.load({data!r}, weights_only=True)
 data = Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train")
-model, finish = network(), _Trainer._finish
-def keep(trainer, *arguments):
-    state = {{"model": dict(model.state_dict()), "average": trainer.averaged.tensors}}
-    torch.save(state, {out!r} + str(trainer.rank))
-    finish(trainer, *arguments)
-_Trainer._finish = keep
+model, finish = network(), loop.write_result
+def keep(job, *arguments):
+    state = {{"model": dict(model.state_dict()), "average": job.averaged.tensors}}
+    torch.save(state, {out!r} + str(job.processes.rank))
+    finish(job, *arguments)
+loop.write_result = keep
 train(replace(AWP, average=Average(decay=0.9)), model, data, out={out!r})
 """
 
@@ -214,15 +215,16 @@ def test_weight_decay_shrinks_exactly_what_it_says(decay, spared):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"trades": Trades(beta=1)}, "trades keys are given"),
-        ({"objective": "trades", "mart": Mart(beta=1)}, "mart keys are given"),
-        ({"free_at": FreeAt(replays=4)}, "free_at keys are given.*use free-at"),
+        ({"trades": {"beta": 1}}, "trades keys are given"),
+        ({"objective": "trades", "mart": {"beta": 1}}, "mart keys are given"),
+        ({"free_at": {"replays": 4}}, "free_at keys are given.*use free-at"),
+        ({"tuner": "rift", "critical": {"k": 2}}, "critical keys are given"),
         ({"schedule": "step"}, "milestones"),
-        ({"milestones": (3,)}, "milestones"),
+        ({"milestones": [3]}, "milestones"),
         ({"schedule": "cyclic", "peak": 1.0}, "peak"),
         ({"cycle_momentum": True}, "cycle_momentum"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(keys, named):
     with pytest.raises(InputError, match=named):
-        Recipe(**keys)
+        Recipe.from_keys(keys)

@@ -11,16 +11,17 @@ from clat.checkpoint import load_checkpoint, load_tensors
 from clat.errors import InputError
 from clat.models import build_model
 from clat.network import same_bits, snapshot
+from clat.objectives import Clean, PgdAt
 from clat.threat import Threat, attack_output
 from clat.training.loop import train
 from clat.training.recipe import Recipe
-from clat.tuners import Rift
+from clat.tuners import Rift, Whole
 from clat.tuners.rift import Point, choose, risk, worst_risk
 from conftest import dies_before, same_tensors
 
 THREAT = Threat(eps=0.1, step=0.05, steps=2)
 RECIPE = Recipe(
-    objective="clean", tuner="rift", rift=Rift(batch=40, passes=2), threat=THREAT, validation_steps=2, epochs=3,
+    objective=Clean(), tuner=Rift(batch=40, passes=2), threat=THREAT, validation_steps=2, epochs=3,
     batch_size=60, holdout=60, lr=0.02, select_by="clean", health=False,
 )  # fmt: skip
 
@@ -118,7 +119,7 @@ def test_the_end_blends_parameters_and_buffers_and_stays_at_the_best(plain):
 
 
 def test_a_run_ends_with_the_blend_as_its_best_and_records_it(blobs, tmp_path):
-    base = train(replace(RECIPE, objective="pgd-at", tuner="whole", rift=Rift()), network(), blobs, out=tmp_path / "b")
+    base = train(replace(RECIPE, objective=PgdAt(), tuner=Whole()), network(), blobs, out=tmp_path / "b")
     model, _ = load_checkpoint(base.last)
     before = snapshot(model)
     run = train(replace(RECIPE, epochs=1), model, blobs, out=tmp_path / "run")

@@ -23,19 +23,23 @@ from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.models import build_model
 from clat.network import snapshot
+from clat.objectives import Clean
 from clat.threat import Threat
+from clat.training import loop, saving
+from clat.training.claims import claim
 from clat.training.integrity import IntegrityError, verify
-from clat.training.loop import _started, _Trainer, train
+from clat.training.loop import train
+from clat.training.processes import started
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
 from clat.tuners import Critical, Whole
 from conftest import same_tensors
 
 RECIPE = Recipe(
-    objective="clean", epochs=3, batch_size=32, lr=0.02, holdout=20, validation_steps=1, health=False, precision="fp32",
+    objective=Clean(), epochs=3, batch_size=32, lr=0.02, holdout=20, validation_steps=1, health=False, precision="fp32",
     threat=Threat(eps=0.1, step=0.05, steps=1), layout="default",
 )  # fmt: skip
-CRITICAL = replace(RECIPE, tuner="critical", critical=Critical(every=2))
+CRITICAL = replace(RECIPE, tuner=Critical(every=2))
 
 
 @pytest.fixture(scope="module")
@@ -246,21 +250,21 @@ def test_nothing_stays_where_the_input_is_bad(data, tmp_path):
 def test_two_at_one_folder_are_refused(data, tmp_path, monkeypatch):
     """The second comes while the first is in its first epoch, and after it."""
     seen = []
-    real = _Trainer._commit
+    real = loop.commit
 
-    def commit(self, *arguments):
+    def commit(*arguments):
         for when in ("before", "after"):
             flags = [{}, {"resume": True}, {"overwrite": True}]
             for keys in flags:
                 with monkeypatch.context() as patch:
-                    patch.setattr(_Trainer, "_commit", real)
+                    patch.setattr(loop, "commit", real)
                     with pytest.raises(InputError) as caught:
                         train(RECIPE, small(), data, out=tmp_path / "run", **keys)
                 seen.append((when, bool(keys), str(caught.value)))
             if when == "before":
-                real(self, *arguments)
+                real(*arguments)
 
-    monkeypatch.setattr(_Trainer, "_commit", commit)
+    monkeypatch.setattr(loop, "commit", commit)
     run = train(replace(RECIPE, epochs=1), small(), data, out=tmp_path / "run")
     assert all(("Another process is training" in said) == flag for _, flag, said in seen)
     assert all("already holds a run" in said for _, flag, said in seen if not flag)
@@ -274,7 +278,7 @@ def test_a_killed_process_leaves_no_lock_behind(data, tmp_path):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with Run(out).claim(resume=True, overwrite=False):
+        with claim(Run(out), resume=True, overwrite=False):
             loader = os.fork()
             if loader:
                 os.write(writing, str(loader).encode())
@@ -459,7 +463,7 @@ def test_metrics_without_their_last_epoch_are_refused(copy, data):
 
 
 def test_a_best_that_cannot_be_had_again_is_missed(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(_Trainer, "_best", lambda self, metrics: min(2, len(metrics)))
+    monkeypatch.setattr(saving, "best_epoch", lambda metrics, recipe: min(2, len(metrics)))
     run = train(CRITICAL, known(), data, out=tmp_path / "run")
     held = run.best.read_bytes()
     run.best.unlink()
@@ -560,14 +564,14 @@ def test_json_at_a_place_that_can_be_no_file_gets_one_sentence(place, tmp_path):
 FILES = ["start", "environment", "recipe", "optimizer-2", "selections", "metrics", "last", "best", "result"]
 
 
-def _last_is_best(_, metrics):
+def _last_is_best(metrics, _):
     return metrics[-1]["epoch"]
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Trainer, "_best", _last_is_best)
+        patch.setattr(saving, "best_epoch", _last_is_best)
         return train(replace(RECIPE, epochs=2), small(), data, out=tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -576,7 +580,7 @@ def whole(data, tmp_path_factory) -> Run:
 def test_a_disk_that_fills_up_anywhere_loses_nothing(name, call, whole, data, tmp_path, monkeypatch):
     """The disk is full while the file is written, synced or renamed, in the last epoch that writes it."""
     recipe = replace(RECIPE, epochs=2)
-    monkeypatch.setattr(_Trainer, "_best", _last_is_best)
+    monkeypatch.setattr(saving, "best_epoch", _last_is_best)
     run = Run(tmp_path / "run")
     real = {"write": Path.write_bytes, "text": Path.write_text, "fsync": os.fsync, "replace": os.replace}
     time = 2 if name in ("selections", "metrics", "last", "best") else 1
@@ -657,13 +661,13 @@ def test_ctrl_c_in_training_ends_with_130_and_the_run_goes_on(tmp_path, monkeypa
         "--health", "false", "--precision", "fp32", "--layout", "default",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
-        once = _Trainer._commit
+        once = loop.commit
 
-        def commit(self, *arguments):
-            once(self, *arguments)
+        def commit(*arguments):
+            once(*arguments)
             signal.raise_signal(signal.SIGINT)
 
-        patch.setattr(_Trainer, "_commit", commit)
+        patch.setattr(loop, "commit", commit)
         assert main([*command, "--device", "cpu", "--workers", "0"]) == 130
     printed = capsys.readouterr()
     assert printed.err == "clat: Interrupted; a training run continues with --resume.\n"
@@ -690,15 +694,15 @@ def test_a_recipe_file_gives_no_orders(line, copy, tmp_path, capsys):
 def test_a_module_of_the_users_is_given_again_to_resume(data, tmp_path):
     recipe = replace(CRITICAL, epochs=3)
     whole = train(recipe, small(), data, out=tmp_path / "whole")
-    real = _Trainer._commit
+    real = loop.commit
 
-    def dies(self, epoch, *arguments):
-        real(self, epoch, *arguments)
-        if epoch == 2:
+    def dies(job, optimizer, metrics, selections):
+        real(job, optimizer, metrics, selections)
+        if len(metrics) == 2:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Trainer, "_commit", dies)
+        patch.setattr(loop, "commit", dies)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, small(), data, out=tmp_path / "run")
     run = train(recipe, small(), data, out=tmp_path / "run", resume=True)
@@ -723,8 +727,8 @@ def test_the_network_goes_back_to_its_device(data, tmp_path, monkeypatch):
     ("keys", "says"),
     [
         ({"device": "gpu"}, "no device 'gpu'"),
-        ({"device": "meta"}, "no device 'meta'"),
-        ({"device": "cuda:99"}, "no device 'cuda:99'"),
+        ({"device": "meta"}, "The device meta does not compute"),
+        ({"device": "cuda:99"}, "The device cuda:99 is not here"),
         ({"device": "cpu\n"}, "no device"),
         ({"workers": -1}, "workers is -1"),
         ({"workers": True}, "workers is True"),
@@ -749,11 +753,11 @@ def test_a_device_that_is_not_here_gets_one_sentence(keys, says, data, tmp_path)
     ids=str,
 )
 def test_a_launcher_that_started_too_few_processes_is_told(environment, monkeypatch):
-    _started(None)
+    started(None)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match=r"The launcher was asked for .* processes"):
-        _started(None)
+        started(None)
 
 
 TWO = """
@@ -764,9 +768,10 @@ from dataclasses import replace
 from test_run_doors import CRITICAL, small
 from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.training.loop import _Trainer, train
-def full(self, epoch, *rest):
-    raise InputError(f"The disk of {{self.rank}} is full.")
+from clat.training import saving
+from clat.training.loop import train
+def full(job, *rest):
+    raise InputError(f"The disk of {{job.processes.rank}} is full.")
 data = Dataset(*torch.load({data!r}, weights_only=True), ("a", "b", "c"), "noise", "train")
 codes = []
 for rank in range(2):
@@ -776,7 +781,7 @@ for rank in range(2):
         lines = []
         for out in ({first!r}, {locked!r}, {full!r}):
             if out == {full!r}:
-                _Trainer._write = full
+                saving.write_epoch = full
             try:
                 run = train(CRITICAL, small(), data, out=out, resume=True)
                 lines.append("trained " + str(run.environment["processes"]))
@@ -802,7 +807,7 @@ def test_two_processes_lock_as_one_and_fail_as_one(data, tmp_path):
     script = TWO.format(
         tests=os.path.dirname(__file__), data=str(tmp_path / "data.pt"), port=port, said=said_by, **places
     )
-    with Run(tmp_path / "locked").claim(resume=False, overwrite=False):
+    with claim(Run(tmp_path / "locked"), resume=False, overwrite=False):
         done = subprocess.run(
             [sys.executable, "-c", script],
             capture_output=True,

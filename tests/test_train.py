@@ -18,11 +18,12 @@ from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.models import build_model
 from clat.network import same_bits
-from clat.objectives import Clat
+from clat.objectives import Clat, Clean
 from clat.threat import Threat
+from clat.training import saving
 from clat.training.health import HealthError
 from clat.training.integrity import IntegrityError, status_since
-from clat.training.loop import _Trainer, train
+from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.tuners import Critical
 from conftest import dies_before, same_tensors
@@ -32,13 +33,11 @@ BASE = Recipe(
 )
 CLAT = replace(
     BASE,
-    objective="clat",
-    tuner="critical",
     epochs=4,
     lr=0.05,
     health=False,
-    clat=Clat(weight=0.1),
-    critical=Critical(every=2),
+    objective=Clat(weight=0.1),
+    tuner=Critical(every=2),
 )
 
 
@@ -105,7 +104,7 @@ def test_the_learning_rate_follows_its_policy(finished, tmp_path):
     assert [entry["learning_rate"] for entry in run.metrics] == pytest.approx(
         [0.05, 0.05 * 0.8535534, 0.025, 0.05 * 0.1464466]
     )
-    recipe = replace(CLAT, critical=Critical(every=2, learning_rate="restart", momentum="keep"))
+    recipe = replace(CLAT, tuner=Critical(every=2, lr_schedule="restart", optimizer_state="keep"))
     restarted = train(recipe, network(), data, out=tmp_path / "r")
     assert [entry["learning_rate"] for entry in restarted.metrics] == pytest.approx([0.05, 0.025, 0.05, 0.025])
 
@@ -128,7 +127,7 @@ from clat.training.loop import train
 pixels, labels = torch.load({data!r}, weights_only=True)
 data = Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train")
 recipe = replace(BASE, epochs=6, health=False) if {name!r} == "whole" else replace(
-    CLAT, epochs=6, critical=Critical(k=2, every=2, momentum="keep", norm_statistics="selected"))
+    CLAT, epochs=6, tuner=Critical(k=2, every=2, optimizer_state="keep", norm_statistics="selected"))
 recipe = replace(recipe, precision="fp32")
 print("started", flush=True)
 train(recipe, network(), data, out={out!r}, resume=True)
@@ -171,10 +170,10 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(name, blobs, tmp_path
 @pytest.mark.parametrize("moment", ["optimizer-2", "selections", "metrics", "last", "best"])
 def test_a_kill_between_any_two_writes_of_an_epoch_is_harmless(moment, blobs, tmp_path, monkeypatch):
     """Dies just before the file of that name is renamed into place in epoch 2, then resumes."""
-    recipe = replace(CLAT, epochs=3, critical=Critical(every=1))
+    recipe = replace(CLAT, epochs=3, tuner=Critical(every=1))
     whole = train(recipe, network(), blobs, out=tmp_path / "whole")
     if moment == "best":  # make sure that there is a second best to write
-        monkeypatch.setattr(_Trainer, "_best", lambda self, metrics: metrics[-1]["epoch"])
+        monkeypatch.setattr(saving, "best_epoch", lambda metrics, recipe: metrics[-1]["epoch"])
     with dies_before(moment, time=1 if moment == "optimizer-2" else 2):
         train(recipe, network(), blobs, out=tmp_path / "killed")
     killed = train(recipe, network(), blobs, out=tmp_path / "killed", resume=True)
@@ -216,7 +215,7 @@ def test_a_run_that_does_not_learn_stops_after_two_epochs(blobs, tmp_path):
     shuffled = Dataset(blobs.pixels, blobs.labels.flip(0).roll(7), tuple("abcdefghij"), "blobs", "train")
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(200, 10))
     with pytest.raises(HealthError, match="chance level"):
-        train(replace(BASE, lr=1e-5, epochs=5, objective="clean"), model, shuffled, out=tmp_path / "run")
+        train(replace(BASE, lr=1e-5, epochs=5, objective=Clean()), model, shuffled, out=tmp_path / "run")
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
 
 

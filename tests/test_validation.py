@@ -1,7 +1,7 @@
 """One validation at every door: the same value gets the same sentence in Python, in a recipe file and as a flag."""
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -12,23 +12,24 @@ import yaml
 from clat import CLAT, InputError, Recipe, Threat, attack_output, criticality, layers, top
 from clat.cli.arguments import _entries, parse
 from clat.cli.commands import COMMANDS
-from clat.inputs import annotations, block_of, build
+from clat.inputs import annotations, block_of
 from clat.objectives import OBJECTIVES, Clat, Score
 from clat.threat import fraction
 from clat.training.averaging import Average
 from clat.training.awp import Awp
 from clat.training.extra import Extra
+from clat.training.recipe import recipe_keys
 from clat.tuners import TUNERS, ConvLora, Critical, Rift
 
 REST = ["--model", "rn18", "--data", "x", "--out", "y"]
-BLOCKS = {name: block for name, kind in annotations(Recipe).items() if (block := block_of(kind))}
+BLOCKS = {name: block for name, kind in recipe_keys().items() if (block := block_of(kind))}
 FILLED = {"extra": {"source": "x"}}  # what a block cannot do without
 USES = {name.replace("-", "_"): {"objective": name} for name in OBJECTIVES} | {name: {"tuner": name} for name in TUNERS}
 
 
 def settings():
     """Every setting of a recipe as (block or None, key, annotation)."""
-    for name, kind in annotations(Recipe).items():
+    for name, kind in recipe_keys().items():
         if name in BLOCKS:
             yield from ((name, key, inner) for key, inner in annotations(BLOCKS[name]).items())
         else:
@@ -43,6 +44,13 @@ def said(action):
     return None
 
 
+def in_python(block, key, value, inner):
+    """What takes the value in Python: the class of the block, or the recipe; methods are named in keys only."""
+    if block is not None:
+        return BLOCKS[block](**inner)
+    return Recipe.from_keys({key: value}) if key in ("objective", "tuner") else Recipe(**{key: value})
+
+
 def at_every_door(tmp_path, block, key, value):
     """What Python, a recipe file and a flag say to a value."""
     inner = {**FILLED.get(block, {}), key: value}
@@ -53,7 +61,7 @@ def at_every_door(tmp_path, block, key, value):
     )
     flag = f"--{key}" if block is None else f"--{block}.{key}"
     text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
-    yield said(lambda: Recipe(**{key: value}) if block is None else BLOCKS[block](**inner))
+    yield said(lambda: in_python(block, key, value, inner))
     yield said(lambda: parse(["train", str(tmp_path / "recipe.yaml"), *REST], COMMANDS))
     yield said(lambda: parse(["train", str(tmp_path / "base.yaml"), *REST, f"{flag}={text}"], COMMANDS))
 
@@ -120,19 +128,13 @@ def test_every_setting_takes_every_hostile_value_or_refuses_it_in_one_sentence()
         for value in HOSTILE:
             inner = {**FILLED.get(block, {}), key: value}
             keys = {key: value} if block is None else {**USES.get(block, {}), block: inner}
-            refused = said(lambda: Recipe(**{key: value}) if block is None else BLOCKS[block](**inner))  # noqa: B023
+            refused = said(lambda: in_python(block, key, value, inner))  # noqa: B023
             assert refused is None or "\n" not in refused
-            refused = said(lambda: build(Recipe, keys))  # noqa: B023
+            refused = said(lambda: Recipe.from_keys(keys))  # noqa: B023
             assert refused is None or ("\n" not in refused and len(refused) < 1000)
             if refused is None:
-                recipe = build(Recipe, keys)
-                assert build(Recipe, yaml.safe_load(yaml.safe_dump(plain(asdict(recipe))))) == recipe
-
-
-def plain(value):
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+                recipe = Recipe.from_keys(keys)
+                assert Recipe.from_keys(yaml.safe_load(yaml.safe_dump(recipe.keys()))) == recipe
 
 
 TEXTS = ["nan", "inf", "-inf", "-1", "0", "1.5", "1e400", str(2**70), "", "[/x]", "{}", "[]", "null", "true",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from clat import CLAT, build_model
-from clat.training.runs import environment
+from clat.training.environment import environment
 
 NETWORKS = {
     "rn18": 1,

@@ -14,14 +14,12 @@ import docstring_parser
 from clat.cli.arguments import OVERLAYS, RECIPE_COMMANDS, Command
 from clat.cli.commands import COMMANDS
 from clat.inputs import annotations, block_of
-from clat.objectives import OBJECTIVES
-from clat.training.recipe import Recipe
-from clat.tuners import TUNERS
+from clat.training.recipe import METHODS, Recipe, recipe_keys
 
 TABLE = Path(__file__).parents[1] / "src/clat/cli/flags.json"
 METAVARS = {int: "N", float: "NUMBER", int | float: "NUMBER", bool: "true|false", float | str: "NUMBER"}
 
-WORDS = {"objective": list(OBJECTIVES), "tuner": list(TUNERS)}
+KINDS = {name.replace("-", "_"): f"{kind} {name}" for kind, known in METHODS.items() for name in known}  # of a block
 
 
 def table() -> dict[str, Any]:
@@ -30,7 +28,7 @@ def table() -> dict[str, Any]:
         name: {"summary": (function.__doc__ or "").strip().split("\n")[0], "arguments": arguments(name, function)}
         for name, function in COMMANDS.items()
     }
-    return {"commands": commands, "settings": settings(Recipe)}
+    return {"commands": commands, "settings": settings()}
 
 
 def arguments(name: str, function: Command) -> list[dict[str, Any]]:
@@ -58,25 +56,31 @@ def arguments(name: str, function: Command) -> list[dict[str, Any]]:
     return found
 
 
-def settings(owner: type, prefix: str = "") -> list[dict[str, Any]]:
+def settings() -> list[dict[str, Any]]:
     """The keys of a recipe, and after each block of keys the keys in it."""
+    described, defaults, found = helps(Recipe), Recipe().keys(), list[dict[str, Any]]()
+    for name, annotation in recipe_keys().items():
+        block = block_of(annotation)
+        text = described.get(name) or f"keys of the {KINDS[name]}"
+        entry = {"name": name, "help": text if block else with_default(text, defaults[name]), **kind(annotation)}
+        if name in METHODS:
+            entry["choices"] = list(METHODS[name])
+        found += [entry, *(block_settings(block, f"{name}.") if block else [])]
+    return found
+
+
+def block_settings(owner: type, prefix: str) -> list[dict[str, Any]]:
     described, found = helps(owner), []
     for field in fields(owner):
-        annotation = annotations(owner)[field.name]
-        block = block_of(annotation)
         text = described[field.name]
-        if block is None and field.default is not MISSING:
-            text = with_default(text, field.default)
-        entry = {"name": prefix + field.name, "help": text, **kind(annotation)}
-        if prefix + field.name in WORDS:
-            entry["choices"] = WORDS[field.name]
-        found += [entry, *(settings(block, f"{field.name}.") if block else [])]
+        text = text if field.default is MISSING else with_default(text, field.default)
+        found.append({"name": prefix + field.name, "help": text, **kind(annotations(owner)[field.name])})
     return found
 
 
 def with_default(text: str, default: object) -> str:
     """A help text with the default, where that says something and the text does not."""
-    words = {True: "true", False: "false", (): "none"}.get(default, default)  # type: ignore[call-overload]
+    words = "none" if default in ((), []) else {True: "true", False: "false"}.get(default, default)  # type: ignore[call-overload]
     return text if default is None or "default" in text else f"{text} (default: {words})"
 
 

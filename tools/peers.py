@@ -34,7 +34,7 @@ from clat.files import write_text
 from clat.models.importing import import_weights
 from clat.network import Images, Labels, predict, weights_digest
 from clat.threat import Threat
-from clat.training.runs import environment
+from clat.training.environment import environment
 
 TARGET = Path(__file__).parents[1] / "results/peers.json"
 BATCH = 128

@@ -22,7 +22,7 @@ from clat.training.runs import Run
 
 def clat(k: int = 1, **keys: Any) -> Recipe:
     """One epoch of CLAT on the k most critical layers; ``keys`` are the objective's."""
-    return Recipe(objective="clat", tuner="critical", epochs=1, lr=0.01, clat=Clat(**keys), critical=Critical(k=k))
+    return Recipe(objective=Clat(**keys), tuner=Critical(k=k), epochs=1, lr=0.01)
 
 
 LETTER: dict[str, Any] = {"cross_entropy": "clean", "attack": "feature"}

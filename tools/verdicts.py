@@ -20,7 +20,8 @@ from clat.cli.tables import percent
 from clat.evaluation.accuracy import worst_case
 from clat.evaluation.evaluate import drawn
 from clat.files import write_text
-from clat.training.runs import Run, environment
+from clat.training.environment import environment
+from clat.training.runs import Run
 
 TARGET = Path(__file__).parents[1] / "results/verdicts.json"
 

@@ -126,8 +126,14 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def find_device(name: torch.device | str) -> torch.device:
-    """A device by name, such as cpu, cuda, cuda:1 or mps. Raises InputError if there is none of that name here."""
+def find_device(name: torch.device | str, *, computing: bool = False) -> torch.device:
+    """A device by name, such as cpu, cuda, cuda:1 or mps.
+
+    Args:
+        computing: refuse one that holds no values either, such as meta
+    Raises:
+        InputError: there is none of that name here
+    """
     here = [
         "cpu",
         *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
@@ -140,6 +146,11 @@ def find_device(name: torch.device | str) -> torch.device:
     wanted = f"{device.type}:{device.index or 0}" if device.type == "cuda" else device.type
     if device.type in ("cpu", "cuda", "mps") and (wanted not in here or (device.type != "cuda" and device.index)):
         raise InputError(f"The device {device} is not here; here are {', '.join(here)}.")
+    if computing:
+        try:
+            torch.ones(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise InputError(f"The device {device} does not compute; here are {', '.join(here)}.") from error
     return device
 
 

@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from inspect import isabstract
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -112,7 +113,7 @@ def fit(name: str, value: Any, annotation: Any) -> Any:
             return tuple(fit(name, entry, get_args(kind)[0]) for entry in value)
         if get_origin(kind) is list and isinstance(value, (tuple, list)):
             return [fit(name, entry, get_args(kind)[0]) for entry in value]
-        if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, kind):
+        if isinstance(kind, type) and (is_dataclass(kind) or isabstract(kind)) and isinstance(value, kind):
             return value
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if words:
@@ -137,7 +138,7 @@ def build(owner: type[T], values: Any, name: str = "") -> T:
     for field in fields(owner):  # type: ignore[arg-type]
         if field.name not in values and not _has_default(field):
             raise InputError(f"{prefix}{field.name} is missing; give it a value.")
-    return owner(**{key: _built(prefix + key, value, known[key]) for key, value in values.items()})
+    return owner(**{key: built(prefix + key, value, known[key]) for key, value in values.items()})
 
 
 def check_keys(values: Mapping[Any, Any], known: Iterable[str], name: str = "") -> None:
@@ -162,7 +163,8 @@ def from_text(text: str, annotation: Any, parse: Any) -> Any:
         return text
 
 
-def _built(name: str, value: Any, annotation: Any) -> Any:
+def built(name: str, value: Any, annotation: Any) -> Any:
+    """A value that a recipe file or flags give, with what is a block of keys made into its dataclass."""
     block = block_of(annotation)
     if block is not None and not (value is None and type(None) in _kinds(annotation)):
         return value if isinstance(value, block) else build(block, value, name)

@@ -16,7 +16,7 @@ import yaml
 
 from clat.errors import InputError
 from clat.files import parse_yaml
-from clat.inputs import annotations, block_of, build, check_word, fit, from_text, nearest, shown
+from clat.inputs import annotations, block_of, check_word, fit, from_text, nearest, shown
 from clat.training.recipe_files import laid_over, read_recipe
 
 Command = Callable[..., int | None]  # returns the exit code, 0 if None
@@ -103,7 +103,7 @@ def values(given: Given, function: Command) -> dict[str, Any]:
     Raises:
         InputError: a value that does not fit
     """
-    from clat.training.recipe import Recipe
+    from clat.training.recipe import Recipe, recipe_keys
 
     texts = dict(given.texts)
     if "from" in texts:
@@ -118,14 +118,14 @@ def values(given: Given, function: Command) -> dict[str, Any]:
             keys = laid_over(keys, recipe)
         for key in sorted(texts, key=lambda key: "." in key):  # a block, then keys in it
             outer, _, inner = key.partition(".")
-            annotation = annotations(Recipe)[outer]
+            annotation = recipe_keys()[outer]
             if inner:
                 value = _value(texts[key], annotations(block_of(annotation))[inner])
                 under = keys.get(outer)
                 keys[outer] = {**(under if isinstance(under, Mapping) else {}), inner: value}
             else:
                 keys = laid_over(keys, {key: _value(texts[key], annotation)})
-        found["recipe"] = build(Recipe, keys)
+        found["recipe"] = Recipe.from_keys(keys)
     return found
 
 

@@ -120,6 +120,8 @@ def status(run: str, model: str | None = None, json: str | None = None) -> None:
         write_json(json, [asdict(layer) for layer in found])
     if json != "-":
         console.print(status_table(found, folder))
+        if folder.averaged.exists():
+            console.print(f"{plain(folder.averaged)} holds the averaged weights after the last epoch.", markup=False)
     if any(layer.state == "irregular" for layer in found):
         raise IntegrityError(f"{run} has irregular layers.")
 
@@ -127,7 +129,8 @@ def status(run: str, model: str | None = None, json: str | None = None) -> None:
 def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, origin: str, keys: dict[str, Any]) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"{recipe.objective} x {recipe.tuner} on {plain(data.source)}, {size:,} parameters, from {plain(origin)}",
+        f"{recipe.objective.name} x {recipe.tuner.name} on {plain(data.source)}, {size:,} parameters, "
+        f"from {plain(origin)}",
         markup=False,
     )
     console.print(f"Normalisation: {normalisation_of(model)}", markup=False, highlight=False)

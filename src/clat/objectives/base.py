@@ -1,6 +1,7 @@
 """What an objective is: how a batch is attacked, and what it costs."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -10,11 +11,12 @@ from clat.threat import Threat
 
 
 class Objective(ABC):
-    """A frozen dataclass whose fields are its recipe keys.
+    """A frozen dataclass whose fields are its recipe keys, and which knows its own name.
 
     Perturbation and cost are two calls, because a cost may be evaluated again at the same perturbed images.
     """
 
+    name: ClassVar[str] = ""  # in recipes; its keys stand under it, with underscores for dashes
     replays: int = 1  # how often each batch is trained on
     largest_drop: float = 1.0  # of the accuracy under ``probe`` from one epoch to the next; a larger one ends the run
 

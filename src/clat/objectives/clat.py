@@ -34,6 +34,7 @@ class Clat(Objective):
         at: features at the layer's output or after its normalisation and activation
     """
 
+    name = "clat"
     weight: float = 0.01
     cross_entropy: Literal["clean", "adversarial", "both"] = "adversarial"
     attack: Literal["feature", "label"] = "label"

@@ -14,6 +14,8 @@ from clat.threat import Threat
 class Clean(Objective):
     """Cross-entropy on the images as they are."""
 
+    name = "clean"
+
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         return x
 

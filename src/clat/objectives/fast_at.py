@@ -29,6 +29,7 @@ class FastAt(PgdAt):
     Source: locuslab/fast_adversarial, whose guard probes in train mode and is off by default.
     """
 
+    name = "fast-at"
     largest_drop: float = 0.2
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class FreeAt(Objective):
     images it was used on before it goes on.
     """
 
+    name = "free-at"
     replays: int = 8
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class GradAlign(Objective):
     Source: tml-epfl/understanding-fast-adv-training.
     """
 
+    name = "grad-align"
     weight: float = 0.2
 
     def __post_init__(self) -> None:

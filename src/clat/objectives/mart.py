@@ -28,6 +28,7 @@ class Mart(Objective):
     Source: YisenWang/MART.
     """
 
+    name = "mart"
     beta: float = 5.0
 
     def __post_init__(self) -> None:

@@ -14,6 +14,8 @@ from clat.threat import Threat, label_attack
 class PgdAt(Objective):
     """Cross-entropy on images attacked by PGD on the cross-entropy; no clean term."""
 
+    name = "pgd-at"
+
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         return label_attack(model, x, y, threat)
 

@@ -31,6 +31,7 @@ class Score(Objective):
     Source: P2333/SCORE, the code without generated data.
     """
 
+    name = "score"
     form: Literal["pgd-at", "trades"] = "trades"
     beta: float = 6.0
     clip: float = 0.3

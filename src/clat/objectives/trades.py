@@ -28,6 +28,7 @@ class Trades(Objective):
     Source: yaodongyu/TRADES, equation 5 of arXiv 1901.08573.
     """
 
+    name = "trades"
     beta: float = 6.0
     gradient_through_target: bool = True
     second_clean_forward: bool = True

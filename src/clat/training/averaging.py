@@ -66,6 +66,10 @@ class Averaged:
                 self.tensors[name].copy_(tensor)
         self.count += 1
 
+    def stop(self) -> None:
+        """Forgets the average: from here on the network stands for itself."""
+        self.average, self.tensors, self.count = None, {}, 0
+
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Puts the average into the network for a while, then the network's own tensors back, bit for bit."""

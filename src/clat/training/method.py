@@ -300,7 +300,7 @@ class CLAT(Method):
     ):
         if threat is None:
             threat = Threat(eps=eps, step=fraction(eps) * 7 / 30 if step is None else step, steps=steps)
-        of_a_trainer = {"k", "every", "batch", "momentum", "learning_rate"}  # your loop decides these
+        of_a_trainer = {"k", "every", "batch", "optimizer_state", "lr_schedule"}  # your loop decides these
         keys = {"clat": annotations(Clat), "critical": annotations(Critical)}
         known = sorted({*keys["clat"], *keys["critical"]} - of_a_trainer)
         for key in options:

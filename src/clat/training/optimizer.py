@@ -38,9 +38,9 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int, selected: i
         epoch: from 1; step: within the epoch, from 0; steps: of an epoch
         selected: the epoch of the last selection, where the tuner's policy restarts the schedule then
     """
-    tuner = recipe.make_tuner()
+    tuner = recipe.tuner
     first, length = 1, recipe.epochs
-    if tuner.learning_rate == "restart" and tuner.every:
+    if tuner.lr_schedule == "restart" and tuner.every:
         first, length = selected, min(tuner.every, recipe.epochs - selected + 1)
     progress = (epoch - first + step / steps) / length
     if recipe.schedule == "cosine":

@@ -1,43 +1,47 @@
 """A recipe: every setting of a run, as one value. The YAML files in recipes/ hold what differs from the defaults."""
 
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from clat.errors import InputError
-from clat.inputs import check_fields, check_least, check_seed, check_word
-from clat.objectives import OBJECTIVES, Clat, FastAt, FreeAt, GradAlign, Mart, Score, Trades
-from clat.objectives.base import Objective
+from clat.inputs import (
+    annotations,
+    build,
+    built,
+    check_fields,
+    check_keys,
+    check_least,
+    check_seed,
+    check_word,
+    shown,
+)
+from clat.objectives import OBJECTIVES, Objective, PgdAt
 from clat.threat import Threat
 from clat.training.averaging import Average
 from clat.training.awp import Awp
 from clat.training.extra import Extra
 from clat.training.recipe_files import recipe_path as recipe_path
-from clat.tuners import TUNERS, ConvLora, Critical, Rift
-from clat.tuners.base import Tuner
+from clat.tuners import TUNERS, Tuner, Whole
+
+METHODS: dict[str, Mapping[str, type[Objective] | type[Tuner]]] = {"objective": OBJECTIVES, "tuner": TUNERS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every setting of a run.
+    """Every setting of a run: ``Recipe(objective=Trades(beta=6), tuner=Critical(k=2), epochs=50)``.
 
-    The keys of an objective or tuner stand under its name, with underscores for dashes.
+    A file or the command line names the objective and the tuner, and gives their keys under that name, with underscores
+    for dashes: ``objective: trades``, ``trades: {beta: 6}``. In Python, they may be of a class of your own.
 
     Args:
         objective: how a batch is attacked and what it costs
         tuner: which parameters train
         threat: threat model of the training attack
-        trades: keys of the objective trades
-        mart: keys of the objective mart
-        score: keys of the objective score
-        fast_at: keys of the objective fast-at
-        free_at: keys of the objective free-at
-        grad_align: keys of the objective grad-align
-        clat: keys of the objective clat
-        critical: keys of the tuner critical
-        rift: keys of the tuner rift
-        convlora: keys of the tuner convlora
         awp: adversarial weight perturbation around each training step; none if not given
-        average: averaged weights, which then are what is validated and saved as the best; none if not given
+        average: averaged weights, which then are what is validated, saved as the best, and saved after each epoch in
+            averaged.safetensors beside the raw last; none if not given
         extra: a second data set in each batch; none if not given
         epochs: passes over the training images
         batch_size: images a step, over all processes
@@ -70,19 +74,9 @@ class Recipe:
         seed: of everything random in the run except the held-out images
     """
 
-    objective: str = "pgd-at"
-    tuner: str = "whole"
+    objective: Objective = field(default_factory=PgdAt)
+    tuner: Tuner = field(default_factory=Whole)
     threat: Threat = field(default_factory=Threat)
-    trades: Trades = field(default_factory=Trades)
-    mart: Mart = field(default_factory=Mart)
-    score: Score = field(default_factory=Score)
-    fast_at: FastAt = field(default_factory=FastAt)
-    free_at: FreeAt = field(default_factory=FreeAt)
-    grad_align: GradAlign = field(default_factory=GradAlign)
-    clat: Clat = field(default_factory=Clat)
-    critical: Critical = field(default_factory=Critical)
-    rift: Rift = field(default_factory=Rift)
-    convlora: ConvLora = field(default_factory=ConvLora)
     awp: Awp | None = None
     average: Average | None = None
     extra: Extra | None = None
@@ -112,13 +106,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_method("objective", self.objective, Objective, "Trades(beta=6)")
+        _check_method("tuner", self.tuner, Tuner, "Critical(k=2)")
+        if _section(self.objective) == _section(self.tuner):
+            raise InputError(f"Objective and tuner are both called {self.tuner.name}; give one of them another name.")
         check_fields(self)
-        check_word("objective", self.objective, OBJECTIVES)
-        check_word("tuner", self.tuner, TUNERS)
-        for name in (*OBJECTIVES, *TUNERS):
-            keys = self._keys(name)
-            if name not in (self.objective, self.tuner) and keys is not None and keys != type(keys)():
-                raise InputError(f"{_field(name)} keys are given, but the recipe does not use {name}; remove them.")
         check_least(self, 1, "epochs", "batch_size", "images", "holdout")
         check_least(self, 0, "validation_steps", "weight_decay")
         for key in ("lr", "clip"):
@@ -144,19 +136,100 @@ class Recipe:
             raise InputError(f"peak is {self.peak}; it is the share of the run, between 0 and 1, before the peak.")
         if self.cycle_momentum and (self.schedule != "cyclic" or self.optimizer != "sgd" or self.momentum <= 0.1):
             raise InputError("cycle_momentum needs schedule cyclic and optimizer sgd with a momentum above 0.1.")
+        self.keys()  # what cannot be recorded is refused here, before it trains
 
-    def make_objective(self) -> Objective:
-        """A new objective at each call, so that one that carries something along starts without it."""
-        keys = self._keys(self.objective)
-        return OBJECTIVES[self.objective]() if keys is None else replace(keys)
+    def keys(self) -> dict[str, Any]:
+        """The recipe as a file holds it: names, numbers, texts, lists and mappings of these."""
+        found: dict[str, Any] = {}
+        for key in annotations(Recipe):
+            value = getattr(self, key)
+            found[key] = value.name if key in METHODS else _plain(key, value)
+            if key == "threat":
+                methods = (self.objective, self.tuner)
+                found |= {_section(each): _plain(_section(each), each) for each in methods if annotations(type(each))}
+        return found
 
-    def make_tuner(self) -> Tuner:
-        return self._keys(self.tuner) or TUNERS[self.tuner]()
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, Any], *, like: "Recipe | None" = None) -> "Recipe":
+        """The recipe that ``keys()`` or a file describes; what is left out has its default.
 
-    def _keys(self, name: str) -> Any:
-        """The objective or tuner of that name as the recipe's keys make it; None if it has no keys."""
-        return getattr(self, _field(name), None)
+        Args:
+            like: a recipe whose objective and tuner may be named, too, where they are of classes of your own
+        Raises:
+            InputError: an unknown key, a value that does not fit, or keys of an objective or tuner that is not used
+        """
+        if not isinstance(keys, Mapping):
+            raise InputError(f"A recipe is {shown(keys)}; it must be keys and values.")
+        check_keys(keys, recipe_keys(like))
+        values: dict[str, Any] = {}
+        for kind, classes in _classes(like).items():
+            name = keys.get(kind, cls().keys()[kind])
+            check_word(kind, name, classes)
+            for each in classes.values():
+                section = _section(each)
+                if each is classes[name]:
+                    values[kind] = build(each, keys.get(section, {}), section)
+                elif section in keys and build(each, keys[section], section) != build(each, {}, section):
+                    raise InputError(f"{section} keys are given, but the recipe does not use {each.name}; remove them.")
+        for key, annotation in annotations(cls).items():
+            if key in keys and key not in METHODS:
+                values[key] = built(key, keys[key], annotation)
+        return cls(**values)
 
 
-def _field(name: str) -> str:
-    return name.replace("-", "_")
+def recipe_keys(like: Recipe | None = None) -> dict[str, Any]:
+    """The type of every key that a recipe file may have: names, a block for each method that has keys, and the rest."""
+    found: dict[str, Any] = {}
+    for key, annotation in annotations(Recipe).items():
+        found[key] = str if key in METHODS else annotation
+        if key == "threat":
+            every = (each for classes in _classes(like).values() for each in classes.values())
+            found |= {_section(each): each for each in every if annotations(each)}
+    return found
+
+
+def _classes(like: Recipe | None) -> dict[str, dict[str, Any]]:
+    """The objectives and the tuners by name."""
+    if like is None:
+        return {kind: dict(known) for kind, known in METHODS.items()}
+    own: dict[str, Objective | Tuner] = {"objective": like.objective, "tuner": like.tuner}
+    return {kind: {**known, own[kind].name: type(own[kind])} for kind, known in METHODS.items()}
+
+
+def _check_method(kind: str, method: Any, base: type[Objective] | type[Tuner], example: str) -> None:
+    """Raises InputError unless an objective or tuner can be trained with and recorded."""
+    owner: type = type(method)
+    if not isinstance(method, base):
+        raise InputError(f"{kind} is {shown(method)}; give one such as {example}.")
+    if not is_dataclass(method) or not method.__dataclass_params__.frozen:
+        raise InputError(
+            f"{kind} {owner.__name__} is no frozen dataclass, whose fields a run could record; put "
+            "@dataclass(frozen=True, kw_only=True) above the class."
+        )
+    name, known = method.name, METHODS[kind]
+    if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9-]*", name):
+        raise InputError(
+            f"{kind} {owner.__name__} has the name {shown(name)}; give the class one of small letters, digits and "
+            'dashes, e.g. name = "mine".'
+        )
+    others = {_section(each) for classes in METHODS.values() for each in classes.values() if each is not owner}
+    if known.get(name, owner) is not owner or _section(method) in others | annotations(Recipe).keys():
+        raise InputError(f"{kind} {owner.__name__} has the name {name}, which clat has for something else; change it.")
+
+
+def _section(method: Any) -> str:
+    """The key that an objective's or tuner's own keys stand under."""
+    return method.name.replace("-", "_")
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as YAML and JSON hold it. Raises InputError if they cannot."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(f"{name}.{each.name}", getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}.{key}", entry) for key, entry in value.items()}
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise InputError(f"{name} is {shown(value)}, which a recipe file cannot hold; use numbers, texts and lists.")
+    return value

@@ -9,6 +9,13 @@ from clat.errors import InputError
 from clat.files import parse_yaml, read_text
 from clat.inputs import check_keys, nearest, shown
 
+RENAMED = {  # keys of a block, and their words, that run folders of an earlier clat hold
+    "critical": {
+        "momentum": ("optimizer_state", {"drop": "reset"}),
+        "learning_rate": ("lr_schedule", dict[str, str]()),
+    }
+}
+
 
 def recipe_path(name: str) -> Path:
     """The file of a recipe given by path or by the name of one that ships with clat, e.g. ``clat``.
@@ -42,7 +49,19 @@ def read_recipe(name: str, known: list[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"The recipe {shown(str(path))} must hold keys and values, as recipes/clat.yaml does.")
     check_keys(content, known, f"The recipe {shown(str(path))}")
-    return content
+    return renewed(content)
+
+
+def renewed(keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe.yaml that an earlier clat wrote, as they are called now."""
+    found = dict(keys)
+    for block, renamed in RENAMED.items():
+        if isinstance(keys.get(block), dict):
+            found[block] = {}
+            for key, value in keys[block].items():
+                name, words = renamed.get(key, (key, {}))
+                found[block][name] = words.get(value, value) if isinstance(value, str) else value
+    return found
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

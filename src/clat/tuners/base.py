@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -14,12 +14,16 @@ Measure = Callable[[], tuple[float, float]]  # clean and robust accuracy on the 
 
 
 class Tuner(ABC):
-    """A frozen dataclass whose fields are its recipe keys. Its decision is a value, ``Selection``."""
+    """A frozen dataclass whose fields are its recipe keys, and which knows its own name.
 
+    Its decision is a value, ``Selection``. One is due before the first epoch.
+    """
+
+    name: ClassVar[str] = ""  # in recipes; its keys stand under it, with underscores for dashes
     batch: int = 1  # training images that a selection is made on
     every: int = 0  # epochs from one selection to the next, 0 for a single one
-    momentum: Literal["drop", "keep"] = "drop"  # what a selection does to the optimizer's state
-    learning_rate: Literal["continue", "restart"] = "continue"  # what a selection does to the schedule
+    optimizer_state: Literal["reset", "keep"] = "reset"  # at a selection; kept is that of what is selected again
+    lr_schedule: Literal["continue", "restart"] = "continue"  # at a selection
     ends: bool = False  # whether ``end`` has work to do, for which the network that the run began with must be known
 
     def due(self, epoch: int) -> bool:

@@ -37,6 +37,7 @@ class ConvLora(Tuner):
     Source: Aleem et al. 2024, "ConvLoRA and AdaBN based Domain Adaptation via Self-Training".
     """
 
+    name = "convlora"
     rank: int = 2
     alpha: float = 2
     head: bool = False

@@ -35,10 +35,11 @@ class Critical(Tuner):
         norm_affine: train the scale and shift of a selected layer's own normalisation with it
         norm_statistics: which BatchNorm layers use and update batch statistics meanwhile: frozen (none), selected
             (those right after a selected layer) or all
-        momentum: what a selection does to the optimizer's state: drop it, or keep it for layers selected again
-        learning_rate: what a selection does to the schedule: continue it, or restart it
+        optimizer_state: the optimizer's at a selection: reset it, or keep that of layers that are selected again
+        lr_schedule: the learning rate's at a selection: continue it, or restart it
     """
 
+    name = "critical"
     k: int | float = 1
     every: int = 10
     ranking: Literal["criticality", "random", "lowest"] = "criticality"
@@ -48,8 +49,8 @@ class Critical(Tuner):
     head: bool = False
     norm_affine: bool = False
     norm_statistics: Literal["frozen", "selected", "all"] = "frozen"
-    momentum: Literal["drop", "keep"] = "drop"
-    learning_rate: Literal["continue", "restart"] = "continue"
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    lr_schedule: Literal["continue", "restart"] = "continue"
 
     def __post_init__(self) -> None:
         check_fields(self, "critical.")

@@ -44,6 +44,7 @@ class Rift(Tuner):
     microsoft/robustlearn.
     """
 
+    name = "rift"
     batch: int = 10_000
     radius: float = 0.1
     passes: int = 10

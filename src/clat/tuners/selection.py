@@ -77,6 +77,13 @@ class Selection:
         prefixes = tuple(name + "." if name else "" for name in self.training)
         return {name for name, _ in model.named_buffers() if name.startswith(prefixes)} if prefixes else set()
 
+    def in_words(self) -> str:
+        """The layers by name, with their numbers in the order in which they run where these are known."""
+        index = {score.name: score.index for score in self.scores}
+        if not index:
+            return f"{len(self.layers)} layers"
+        return ", ".join(f"{name} (layer {index[name]})" if index[name] else name for name in self.layers)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

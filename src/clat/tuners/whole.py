@@ -15,6 +15,8 @@ from clat.tuners.selection import Selection, parameters_of
 class Whole(Tuner):
     """Every parameter trains, in train mode, from the first epoch on; those frozen before stay frozen."""
 
+    name = "whole"
+
     def select(
         self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
     ) -> Selection:
