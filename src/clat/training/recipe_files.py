@@ -42,7 +42,15 @@ def read_recipe(name: str, known: list[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"The recipe {shown(str(path))} must hold keys and values, as recipes/clat.yaml does.")
     check_keys(content, known, f"The recipe {shown(str(path))}")
-    return content
+    return as_of_now(content)
+
+
+def as_of_now(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier clat wrote, in the words of this one: layout contiguous was called default."""
+    now = dict(content)
+    if now.get("layout") == "default":
+        now["layout"] = "contiguous"
+    return now
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

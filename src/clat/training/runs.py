@@ -38,6 +38,7 @@ from clat.criticality import LayerScore
 from clat.errors import InputError
 from clat.files import parse_json, parse_yaml, read_text, write_text
 from clat.text import plain
+from clat.training.recipe_files import as_of_now
 from clat.tuners.selection import Selection
 
 BEGUN = ("start.json", "environment.json", "recipe.yaml")  # in the order in which a run begins to write
@@ -457,8 +458,8 @@ def _environment(text: str) -> dict[str, Any]:
 def _recipe(text: str) -> dict[str, Any]:
     content = _mapping(parse_yaml(text, "it", "recipe"))
     _require(content["precision"] in ("fp32", "bf16"), "precision is neither fp32 nor bf16")
-    content.setdefault("layout", "default")  # of a run before there was a choice
-    _require(content["layout"] in ("default", "channels-last"), "layout is neither default nor channels-last")
+    content = {"layout": "contiguous", **as_of_now(content)}  # of a run before there was a choice
+    _require(content["layout"] in ("contiguous", "channels-last"), "layout is neither contiguous nor channels-last")
     return content
 
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clat.attacks import Attack, apgd_ce, apgd_targeted, pgd_attack, restarts, square, square_takes, through_layers
+from clat.attacks import Attack, apgd_ce, apgd_targeted, restarts, square, square_takes, through_layers
 from clat.compute import autocast, native_precision
 from clat.criticality import criticality, top
 from clat.evaluation.accuracy import Accuracy
 from clat.evaluation.trust.check import Outcome, Skip, Status, grade, improbable
 from clat.evaluation.trust.subject import FORWARDS, STEPS, Subject, cross_entropy
 from clat.network import Images, Labels, class_scores, first_tensor, held, logits, same_bits
-from clat.threat import NoGradientError, Threat, ascend
+from clat.threat import NoGradientError, Threat, attack_output
 from clat.training.health import CHANCE
 
 DRAWS = 100  # of noise
@@ -289,7 +289,7 @@ def fgsm(s: Subject) -> Attack:
     threat = one_step(s)
 
     def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
-        return ascend(lambda z: cross_entropy(logits(model(z)), y), x, threat, model=model)
+        return attack_output(model, x, y, threat)
 
     return Attack(name="FGSM", perturb=perturb, threat=threat, passes=1)
 
@@ -317,7 +317,7 @@ def transfer(s: Subject) -> Attack:
 
     def perturb(_: nn.Module, x: Images, y: Labels) -> Images:
         try:
-            return pgd_attack(base, x, y, s.threat)
+            return attack_output(base, x, y, s.threat, keep="best")
         except NoGradientError as error:
             raise Skip("the surrogate network has no gradient to the pixels") from error
 
