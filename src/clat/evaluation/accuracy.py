@@ -8,6 +8,7 @@ from typing import Any
 from clat.evaluation.measured import Measured
 
 TOLERATED = 0.005  # share of the images by which a weaker attack may seem the stronger one before it counts as a sign
+CHANCE = 1.2  # an accuracy up to this many times that of guessing is chance level
 Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 

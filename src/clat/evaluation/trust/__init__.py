@@ -151,7 +151,7 @@ def _run(s: Subject, checks: Sequence[Check], end: float, progress: Callable[[Ch
             Finding(
                 check=check.id,
                 measured=measured,
-                threshold=f"{check.threshold} ({check.source})",
+                threshold=f"{check.words} ({check.source})",
                 status=status,
                 evidence=evidence,
                 seconds=round(time.perf_counter() - start, 2),
@@ -170,7 +170,7 @@ def _ask(check: Check, s: Subject, left: float, findings: Sequence[Finding]) -> 
     if needed > left:
         return "skipped", f"needs {needed / 60:.1f} min, {max(left, 0) / 60:.1f} min left", {}
     try:
-        return check.run(s)
+        return check.ask(s)
     except Skip as reason:
         return "skipped", str(reason), {"excused": reason.excused}
     except InputError as error:  # attacked images can make scores that are not finite
