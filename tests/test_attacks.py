@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from clat.attacks import apgd_ce, apgd_targeted, autoattack, fab_targeted, pgd, restarts, square, square_takes, tier
+from clat.attacks import (
+    apgd_ce,
+    apgd_targeted,
+    autoattack,
+    fab_targeted,
+    pgd_threat,
+    restarts,
+    square,
+    square_takes,
+    tier,
+)
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.evaluation.evaluate import evaluate
@@ -111,7 +121,7 @@ def short(blobs):
     data = replace(blobs, labels=labels).subset(torch.arange(40))
     eps = 0.01
     attacks = [
-        *restarts(pgd(eps, 1), 2),
+        *restarts(pgd_threat(eps, 1), 2),
         apgd_ce(eps, steps=3),
         apgd_targeted(eps, 3, steps=5),
         square(eps, queries=20),
@@ -131,7 +141,7 @@ def test_interrupted_evaluations_end_as_uninterrupted_ones(short, tmp_path):
                 evaluate(model, data, attacks, batch_size=7, record=record, progress=interrupt_at(batch))
         resumed = evaluate(model, data, attacks, batch_size=7, record=record, progress=rest.append)
         assert resumed.outcomes == whole.outcomes
-        assert (resumed.clean, resumed.robust, resumed.data) == (whole.clean, whole.robust, whole.data)
+        assert (resumed.clean, resumed.robust, resumed.measured) == (whole.clean, whole.robust, whole.measured)
         assert [(a.attacked, a.broken) for a in resumed.attacks] == [(a.attacked, a.broken) for a in whole.attacks]
         assert len(rest) == len(batches) - sum(kills)  # nothing is done again
 
@@ -149,11 +159,15 @@ def test_a_complete_record_is_read(short, tmp_path):
     assert json.loads(file.read_text())["result"]["robust"]["correct"] == found.robust.correct
 
 
-@pytest.mark.parametrize("what", ["seed", "limit", "attack", "weights", "data", "batch"])
+@pytest.mark.parametrize("what", ["seed", "images", "attack", "weights", "data", "batch", "precision"])
 def test_another_evaluation_has_another_record(what, short, tmp_path):
     model, data, attacks = short
-    keys = {"seed": {"seed": 1}, "limit": {"limit": 20}, "batch": {"batch_size": 7}}.get(what, {})
+    keys = {"precision": {"precision": "bf16"}, "batch": {"batch_size": 7}}.get(what, {})
     evaluate(model, data, attacks, record=tmp_path)
+    if what == "seed":
+        attacks = [replace(attack, seed=attack.seed + 9) for attack in attacks]
+    if what == "images":
+        data = data.sample(20)
     if what == "attack":
         attacks = [*attacks[:-1], square(0.01, queries=21)]
     if what == "weights":
@@ -178,7 +192,7 @@ def test_a_damaged_record_is_refused(content, short, tmp_path):
 def test_attacks_on_different_balls_are_refused(short):
     model, data, _ = short
     for attacks in (
-        [*restarts(pgd(0.1, 1)), *restarts(pgd(0.2, 1))],
+        [*restarts(pgd_threat(0.1, 1)), *restarts(pgd_threat(0.2, 1))],
         [apgd_ce(0.1, "linf"), apgd_ce(0.1, "l2")],
         [*autoattack(0.1, 3), square(0.05)],
     ):

@@ -202,7 +202,7 @@ def pickled(path):
         (["evaluate", "CHECKPOINT"], "data"),
         (["evaluate", "CHECKPOINT", *DATA, "--split", "dev"], "no split 'dev'; it has train, test"),
         (["evaluate", "CHECKPOINT", *DATA, "--eps", "eight"], "not a number"),
-        (["evaluate", "CHECKPOINT", *DATA, "--limit", "0"], "at least one"),
+        (["evaluate", "CHECKPOINT", *DATA, "--limit", "0"], "1 or more"),
         (["evaluate", "CHECKPOINT", *DATA, "--json", "/proc/x/y.json"], "could not be written"),
         (["layers", "CHECKPOINT", *DATA, "--batch", "0"], "at least one"),
         (["layers", "timm/nothing", *DATA], "nothing"),

@@ -35,6 +35,12 @@ def test_the_table_is_that_of_the_commands_and_recipes():
     assert list(USAGE) == list(table()["commands"])
 
 
+@pytest.mark.parametrize(("command", "name"), [("evaluate", "tier"), ("transfer", "attack")])
+def test_the_usage_lists_every_choice(command, name):
+    (entry,) = (entry for entry in table()["commands"][command]["arguments"] if entry["name"] == name)
+    assert f"[--{name} {'|'.join(entry['choices'])}]" in USAGE[command]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

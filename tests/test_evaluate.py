@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clat.attacks import pgd
+from clat.attacks import pgd_threat
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.evaluation.accuracy import Accuracy
@@ -40,7 +40,7 @@ def brightness(levels, labels) -> Dataset:
 
 def test_robust_accuracy_in_closed_form():
     data = brightness([100, 115, 125, 130, 135, 150, 200], [0, 0, 0, 1, 1, 1, 0])
-    result = evaluate(Brightness(), data, pgd("8/255", 10), batch_size=3)
+    result = evaluate(Brightness(), data, pgd_threat("8/255", 10), batch_size=3)
     assert result.clean.correct == 6
     assert result.robust.correct == 3  # those at least 8 grey levels from 127.5: 100, 115, 150
     assert result.clean.n == 7
@@ -48,18 +48,18 @@ def test_robust_accuracy_in_closed_form():
 
 def test_the_same_seed_gives_the_same_result_and_leaves_the_global_generator(tiny, blobs):
     torch.manual_seed(7)
-    first = evaluate(tiny, blobs, pgd(0.1, 2), limit=60, seed=1)
+    first = evaluate(tiny, blobs.sample(60, 1), pgd_threat(0.1, 2), seed=1)
     after = torch.rand(1)
     torch.manual_seed(7)
     assert torch.equal(torch.rand(1), after)
-    second = evaluate(tiny, blobs, pgd(0.1, 2), limit=60, seed=1)
-    assert (first.clean, first.robust, first.data) == (second.clean, second.robust, second.data)
+    second = evaluate(tiny, blobs.sample(60, 1), pgd_threat(0.1, 2), seed=1)
+    assert (first.clean, first.robust, first.measured) == (second.clean, second.robust, second.measured)
 
 
 def test_the_network_is_untouched(plain, blobs):
     before = snapshot(plain)
     plain.train()
-    evaluate(plain, blobs, pgd(0.1, 2), limit=20)
+    evaluate(plain, blobs.sample(20), pgd_threat(0.1, 2))
     assert plain.training
     assert all(same_bits(tensor, before[name]) for name, tensor in snapshot(plain).items())
 
@@ -70,5 +70,5 @@ def test_what_does_not_fit_is_refused(tiny, blobs):
     with pytest.raises(InputError, match="2x12x12"):
         evaluate(nn.Sequential(nn.Conv2d(1, 3, 12), nn.Flatten()), Dataset(
             blobs.pixels.repeat(1, 2, 1, 1), blobs.labels, blobs.classes, "two channels", "test"))  # fmt: skip
-    with pytest.raises(InputError, match="at least one"):
-        evaluate(tiny, blobs, limit=0)
+    with pytest.raises(InputError, match="1 or more"):
+        evaluate(tiny, blobs, batch_size=0)

@@ -11,19 +11,20 @@ from rich.console import Console
 from torch import nn
 
 from clat import InputError, evaluate
-from clat.attacks import apgd_ce, pgd, square, tier
+from clat.attacks import apgd_ce, pgd_threat, square, tier
 from clat.checkpoint import save_checkpoint
 from clat.cli import main as cli
 from clat.cli import shared
-from clat.cli.evaluation import _showing
+from clat.cli.attacking import assumed, showing
 from clat.cli.pictures import draw_curves
-from clat.cli.shared import assumed, device_named
+from clat.cli.shared import device_named
 from clat.cli.tables import Name, apart, layer_table, status_table, sweep_table, transfer_table, trust_table
 from clat.compute import find_device, placed
 from clat.data.dataset import Dataset
 from clat.evaluation.cost import pass_seconds
 from clat.evaluation.evaluate import Progress
 from clat.evaluation.fits import check_fits
+from clat.evaluation.measured import Measured
 from clat.evaluation.record import _content_digest
 from clat.evaluation.sweep import sweep
 from clat.evaluation.transfer import transfer
@@ -82,9 +83,9 @@ def few(blobs) -> Dataset:
 
 def test_networks_of_equal_weights_and_other_options_have_records_of_their_own(few, tmp_path):
     same, turned = (Normalized(Seen(option), [0.0], [1.0]) for option in ("same", "turned"))
-    first = evaluate(same, few, pgd(0.1, 2), record=tmp_path)
-    second = evaluate(turned, few, pgd(0.1, 2), record=tmp_path)
-    assert first.weights == second.weights
+    first = evaluate(same, few, pgd_threat(0.1, 2), record=tmp_path)
+    second = evaluate(turned, few, pgd_threat(0.1, 2), record=tmp_path)
+    assert first.measured.networks[0].weights == second.measured.networks[0].weights
     assert (first.clean.correct, second.clean.correct) == (24, 0)
     assert second.from_record == ""
     assert len(list(tmp_path.iterdir())) == 2
@@ -94,9 +95,9 @@ def test_a_spec_and_a_version_are_part_of_a_records_identity(few, tmp_path, monk
     model = Normalized(Seen(), [0.0], [1.0])
     for width in (1, 2):
         model.spec = {"name": "seen", "width": width}
-        evaluate(model, few, pgd(0.1, 1), record=tmp_path)
-    monkeypatch.setattr(sys.modules["clat.evaluation.evaluate"], "version", lambda _: "99")
-    assert evaluate(model, few, pgd(0.1, 1), record=tmp_path).from_record == ""
+        evaluate(model, few, pgd_threat(0.1, 1), record=tmp_path)
+    monkeypatch.setattr(sys.modules["clat.evaluation.measured"], "version", lambda _: "99")
+    assert evaluate(model, few, pgd_threat(0.1, 1), record=tmp_path).from_record == ""
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -144,17 +145,17 @@ def forged(content: dict) -> str:
 
 def test_a_record_edited_to_all_robust_is_not_believed(few, tmp_path):
     model = Seen()
-    truth = evaluate(model, few, pgd(0.3, 5), record=tmp_path)
+    truth = evaluate(model, few, pgd_threat(0.3, 5), record=tmp_path)
     assert truth.robust.correct < 24
     file, content = only(tmp_path)
     content["state"]["outcomes"] = [0] * 24
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"its digest does not match; remove it, or keep records in another folder"):
-        evaluate(model, few, pgd(0.3, 5), record=tmp_path)
+        evaluate(model, few, pgd_threat(0.3, 5), record=tmp_path)
     del content["digest"]  # as clat wrote them before
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match="not the record of an evaluation; remove it"):
-        evaluate(model, few, pgd(0.3, 5), record=tmp_path)
+        evaluate(model, few, pgd_threat(0.3, 5), record=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -172,19 +173,20 @@ def test_a_record_edited_to_all_robust_is_not_believed(few, tmp_path):
         lambda s: s.update(seconds=["long"]),
         lambda s: s.update(seconds=[-1.0]),
         lambda s: s.update(outcomes="000"),
-        lambda s: s["facts"].update(eps=0.001),
-        lambda s: s["attacks"][0].update(seed=5),
-        lambda s: s.pop("facts"),
+        lambda s: s["identity"].update(eps=0.001),
+        lambda s: s["identity"]["attacks"][0].update(seed=5),
+        lambda s: s["identity"]["measured"].update(precision="bf16"),
+        lambda s: s.pop("identity"),
     ],
 )
 def test_an_impossible_record_is_refused_whatever_its_digest(change, few, tmp_path):
     model = Seen()
-    evaluate(model, few, pgd(0.3, 5), record=tmp_path)
+    evaluate(model, few, pgd_threat(0.3, 5), record=tmp_path)
     file, content = only(tmp_path)
     change(content["state"])
     file.write_text(forged(content))
     with pytest.raises(InputError, match="not a valid record of this evaluation; remove it"):
-        evaluate(model, few, pgd(0.3, 5), record=tmp_path)
+        evaluate(model, few, pgd_threat(0.3, 5), record=tmp_path)
 
 
 def test_what_is_read_from_a_record_is_said(few, tmp_path):
@@ -192,11 +194,11 @@ def test_what_is_read_from_a_record_is_said(few, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Seen(), few, pgd(0.1, 1), batch_size=10, record=tmp_path, progress=interrupt)
-    part = evaluate(Seen(), few, pgd(0.1, 1), batch_size=10, record=tmp_path)
+        evaluate(Seen(), few, pgd_threat(0.1, 1), batch_size=10, record=tmp_path, progress=interrupt)
+    part = evaluate(Seen(), few, pgd_threat(0.1, 1), batch_size=10, record=tmp_path)
     file, _ = only(tmp_path)
     assert part.from_record == f"continued from the record {file}, with 10 attacked images"
-    again = evaluate(Seen(), few, pgd(0.1, 1), batch_size=10, record=tmp_path)
+    again = evaluate(Seen(), few, pgd_threat(0.1, 1), batch_size=10, record=tmp_path)
     assert again.from_record == f"read from the record {file}; nothing was attacked again"
     assert again == part
     swept = [sweep(Seen(), few, "eps", [0, 0.1], record=tmp_path / "sweep") for _ in range(2)]
@@ -205,7 +207,7 @@ def test_what_is_read_from_a_record_is_said(few, tmp_path):
 
 def test_only_the_first_process_keeps_records(few, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    evaluate(Seen(), few, pgd(0.1, 1), record=tmp_path)
+    evaluate(Seen(), few, pgd_threat(0.1, 1), record=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -216,7 +218,7 @@ def test_networks_stay_where_they_are(few, monkeypatch):
     moves = []
     monkeypatch.setattr(nn.Module, "to", lambda self, *to: moves.append(to) or self)
     model = nn.Sequential(nn.Conv2d(1, 3, 12), nn.Flatten())
-    evaluate(model, few, pgd(0.1, 1))
+    evaluate(model, few, pgd_threat(0.1, 1))
     sweep(model, few, "eps", [0.1])
     transfer({"a": model, "b": Seen()}, few, tier("quick", 0.1, 3, steps=1, starts=1).attacks[0])
     pass_seconds(model, few)
@@ -263,7 +265,7 @@ BLIND = ["argmax", "no_grad", "inference_mode", "integers"]
 @pytest.mark.parametrize("option", BLIND)
 def test_a_network_without_a_gradient_is_named_and_can_be_attacked_without(option, few):
     model = Seen(option)
-    for attack in (pgd(0.1, 1), [apgd_ce(0.1, steps=2)], tier("full", 0.1, 3).attacks):
+    for attack in (pgd_threat(0.1, 1), [apgd_ce(0.1, steps=2)], tier("full", 0.1, 3).attacks):
         with pytest.raises(NoGradientError, match=r"Gradient attacks cannot see through this network.*--tier blackbox"):
             evaluate(model, few, attack)
     with pytest.raises(NoGradientError):
@@ -278,7 +280,7 @@ def test_a_network_without_a_gradient_is_named_and_can_be_attacked_without(optio
 
 @pytest.mark.parametrize("option", ["nan", "nan away from the data"])
 @pytest.mark.parametrize(
-    "attack", [pgd(0.1, 3), [apgd_ce(0.1, steps=3)], [square(0.1, queries=9)]], ids=("pgd", "apgd", "square")
+    "attack", [pgd_threat(0.1, 3), [apgd_ce(0.1, steps=3)], [square(0.1, queries=9)]], ids=("pgd", "apgd", "square")
 )
 def test_scores_that_are_not_finite_are_no_accuracy(option, attack, few):
     model = Seen(option)
@@ -299,9 +301,9 @@ def test_what_a_network_raises_or_returns_is_named(few):
             run(Seen("half of the batch"), few)
     with pytest.raises(InputError, match="b: The network raised ValueError"):
         transfer({"a": Seen(), "b": Seen("raises")}, few)
-    for keys in ({"batch_size": 0}, {"batch_size": 1.5}, {"limit": 0.5}):
+    for keys in ({"batch_size": 0}, {"batch_size": 1.5}, {"batch_size": True}):
         with pytest.raises(InputError):
-            evaluate(Seen(), few, pgd(0.1, 1), **keys)
+            evaluate(Seen(), few, pgd_threat(0.1, 1), **keys)
 
 
 # The commands
@@ -408,7 +410,7 @@ def test_names_are_folded_from_the_left():
 
 def test_the_bar_of_an_attack_shows_any_name():
     terminal = io.StringIO()
-    with _showing(Console(file=terminal, force_terminal=True, width=120)) as progress:
+    with showing(Console(file=terminal, force_terminal=True, width=120)) as progress:
         progress(Progress(HOSTILE, 1, 1, 2, 3, 0))
     assert "a[/x]b\\x1b[31m\\x0ac (1 of 1)" in terminal.getvalue()
 
@@ -459,4 +461,5 @@ def test_a_verdict_and_a_status_fit(few, tmp_path):
 
 def test_long_lists_of_classes_are_cut(few):
     many = Dataset(few.pixels, few.labels, tuple(map(str, range(100))), "d", "test")
-    assert assumed(torch.device("cpu"), "fp32", many).endswith("100 classes (0, 1, 2, ...)")
+    measured = Measured.of([Seen()], many, seed=0, batch_size=9, device="cpu")
+    assert assumed(measured, many).endswith("100 classes (0, 1, 2, ...)")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clat.attacks import Attack, activation, pgd, restarts, through_layers
+from clat.attacks import Attack, activation, pgd_threat, restarts, through_layers
 from clat.attacks.features import margin
 from clat.compute import seeded
 from clat.data.dataset import Dataset
@@ -77,7 +77,7 @@ def test_a_masked_label_gradient_does_not_help():
     data = Dataset(torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.zeros(20, dtype=torch.long), ("dark", "bright"),
                    "black", "test")  # fmt: skip
     model = Masked(0.6 * EPS)
-    assert evaluate(model, data, restarts(pgd(EPS, 20))).robust.correct == 20
+    assert evaluate(model, data, restarts(pgd_threat(EPS, 20))).robust.correct == 20
     assert evaluate(model, data, [through_layers(["feature"], EPS)]).robust.correct == 0
 
 

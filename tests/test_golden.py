@@ -94,7 +94,9 @@ OTHER: dict[str, Keys] = {
 }
 
 # A network, images and steps so few that all of this takes seconds.
-SMALL = "--batch_size=8 --images=16 --holdout=8 --validation_steps=1 --precision=fp32 --layout=default --health=false"
+SMALL = (
+    "--batch_size=8 --images=16 --holdout=8 --validation_steps=1 --precision=fp32 --layout=contiguous --health=false"
+)
 FEWER = {
     "critical": ["--critical.batch=8"],
     "rift": ["--rift.batch=8", "--rift.passes=1"],

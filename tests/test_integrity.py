@@ -1,7 +1,10 @@
 """What is frozen stands still bit for bit, what is selected moves, and every breach names its tensor."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from torch import nn
 
 from clat.network import fingerprint, same_bits, snapshot
 from clat.training.integrity import IntegrityError, status, status_since, verify
@@ -62,3 +65,16 @@ def test_status_since_the_start_of_a_run(plain):
     still = status_since(plain, start, [Selection(epoch=1, layers=("first",), trainable=("first.weight",))])[0]
     assert still.state == "irregular"
     assert "did not move" in still.reason
+
+
+def test_a_tied_weight_is_judged_by_its_first_name():
+    model = nn.Sequential(OrderedDict(one=nn.Linear(2, 2), two=nn.Linear(2, 2), three=nn.Linear(2, 2)))
+    model.three.weight = model.one.weight
+    start = {name: fingerprint(tensor) for name, tensor in snapshot(model).items()}
+    assert "three.weight" not in start
+    assert {layer.state for layer in status_since(model, start, [])} == {"frozen"}
+    model.one.weight.data += 1
+    selection = Selection(epoch=1, layers=("one",), trainable=("one.weight", "one.bias"))
+    assert [layer.state for layer in status_since(model, start, [selection])] == ["trained", "frozen", "trained"]
+    reasons = [layer.reason for layer in status_since(model, start, [])]
+    assert reasons == ["never selected, but one.weight moved", "", "never selected, but one.weight moved"]

@@ -75,7 +75,7 @@ def colours() -> Dataset:
 
 
 TRAINING = Recipe(
-    epochs=1, batch_size=20, holdout=40, validation_steps=1, health=False, precision="fp32", layout="default"
+    epochs=1, batch_size=20, holdout=40, validation_steps=1, health=False, precision="fp32", layout="contiguous"
 )
 TINY = ["--holdout", "40", "--batch-size", "20", "--threat.steps", "1", "--validation_steps", "1", "--health", "false"]
 

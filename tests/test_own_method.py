@@ -44,7 +44,7 @@ class Named(Tuner):
 
 RECIPE = Recipe(
     objective=Smoothed(smoothing=0.2), tuner=Named(layers=("second", "last")), epochs=3, batch_size=60, lr=0.05,
-    holdout=60, validation_steps=1, health=False, precision="fp32", layout="default",
+    holdout=60, validation_steps=1, health=False, precision="fp32", layout="contiguous",
     threat=Threat(eps=0.1, step=0.05, steps=2),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clat.attacks import apgd_ce, apgd_targeted, autoattack, fab_targeted, pgd, square
+from clat.attacks import apgd_ce, apgd_targeted, autoattack, fab_targeted, pgd_threat, square
 from clat.data.dataset import Dataset
 from clat.evaluation.evaluate import evaluate
 from clat.threat import Threat, ascend
@@ -67,7 +67,7 @@ def batch(data):
 def test_pgd_from_the_image_makes_the_same_images(library, norm, model, data, request):
     request.getfixturevalue(library)
     x, y = batch(data)
-    threat = replace(pgd({"linf": 8 / 255, "l2": 0.3}[norm], 20, norm), start="zero")
+    threat = replace(pgd_threat({"linf": 8 / 255, "l2": 0.3}[norm], 20, norm), start="zero")
     theirs = peers.PGDS[library](model, x, y, threat)
     torch.testing.assert_close(last_iterate(model, x, y, threat), theirs, atol=1e-5, rtol=0)
     assert threat.distance(theirs, x).max() > 0.9 * threat.radius
@@ -77,9 +77,9 @@ def test_pgd_from_the_image_makes_the_same_images(library, norm, model, data, re
 def test_pgd_from_the_same_random_start_makes_the_same_images(model, data):
     x, y = batch(data)
     torch.manual_seed(3)
-    theirs = peers.by_torchattacks(model, x, y, pgd(8 / 255, 20))
+    theirs = peers.by_torchattacks(model, x, y, pgd_threat(8 / 255, 20))
     torch.manual_seed(3)
-    torch.testing.assert_close(last_iterate(model, x, y, pgd(8 / 255, 20)), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(last_iterate(model, x, y, pgd_threat(8 / 255, 20)), theirs, atol=1e-5, rtol=0)
 
 
 def test_momentum_is_that_of_mifgsm(torchattacks, model, data):
@@ -95,7 +95,7 @@ def test_momentum_is_that_of_mifgsm(torchattacks, model, data):
 @pytest.mark.parametrize("library", ["torchattacks", "foolbox"])
 def test_robust_accuracy_under_pgd_is_within_a_point(library, start, model, data, request):
     request.getfixturevalue(library)
-    threat = replace(pgd(EPS, 20), start=start)
+    threat = replace(pgd_threat(EPS, 20), start=start)
     ours = [outcome == 0 for outcome in evaluate(model, data, threat).outcomes]
     theirs = peers.robust(model, data, peers.PGDS[library], threat)
     assert abs(sum(ours) - sum(theirs)) <= 0.01 * len(data)

@@ -37,7 +37,7 @@ from conftest import same_tensors
 
 RECIPE = Recipe(
     objective=Clean(), epochs=3, batch_size=32, lr=0.02, holdout=20, validation_steps=1, health=False, precision="fp32",
-    threat=Threat(eps=0.1, step=0.05, steps=1), layout="default",
+    threat=Threat(eps=0.1, step=0.05, steps=1), layout="contiguous",
 )  # fmt: skip
 CRITICAL = replace(RECIPE, tuner=Critical(every=2))
 
@@ -658,7 +658,7 @@ def test_ctrl_c_in_training_ends_with_130_and_the_run_goes_on(tmp_path, monkeypa
         "train", "pgd-at", "--model", "rn18,width=2", "--data", "fashion-mnist-mini", "--out",
         str(tmp_path / "[/x]run"), "--epochs", "2", "--holdout", "20",
         "--batch_size", "30", "--threat.steps", "1", "--validation_steps", "1",
-        "--health", "false", "--precision", "fp32", "--layout", "default",
+        "--health", "false", "--precision", "fp32", "--layout", "contiguous",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
         once = loop.commit
@@ -671,7 +671,7 @@ def test_ctrl_c_in_training_ends_with_130_and_the_run_goes_on(tmp_path, monkeypa
         assert main([*command, "--device", "cpu", "--workers", "0"]) == 130
     printed = capsys.readouterr()
     assert printed.err == "clat: Interrupted; a training run continues with --resume.\n"
-    assert "(--precision fp32 --layout default) on cpu, 1 process" in printed.out
+    assert "(--precision fp32 --layout contiguous) on cpu, 1 process" in printed.out
     assert Run(tmp_path / "[/x]run").epoch == 1
     assert main([*command, "--resume"]) == 0
     assert Run(tmp_path / "[/x]run").epoch == 2

@@ -315,16 +315,16 @@ def test_auto_is_settled_by_the_device_and_by_nothing_else(monkeypatch, native):
         model = simple()
         assert choose(model, BATCH) == (native, "channels-last")
         assert layout_of(model) == "channels-last"
-    assert choose(model, BATCH, "bf16", "default") == ("bf16", "default")
-    assert layout_of(model) == "default"
+    assert choose(model, BATCH, "bf16", "contiguous") == ("bf16", "contiguous")
+    assert layout_of(model) == "contiguous"
     assert choose(model, BATCH, "fp32", "auto") == ("fp32", "channels-last")
 
 
 @pytest.mark.parametrize("network", [Viewing, Fickle, Deep, Narrow])
 def test_a_layout_that_the_network_does_not_bear_is_not_chosen(network):
     model = network()
-    assert choose(model, BATCH, "fp32") == ("fp32", "default")
-    assert layout_of(model) == "default"
+    assert choose(model, BATCH, "fp32") == ("fp32", "contiguous")
+    assert layout_of(model) == "contiguous"
 
 
 @pytest.mark.parametrize("network", [Viewing, Fickle, Deep, Narrow])
@@ -336,7 +336,7 @@ def test_a_layout_that_is_asked_for_and_not_borne_is_said(network):
 def test_a_narrow_network_is_built_and_trained_in_the_layout_that_computes_its_gradients():
     model = build_model("rn18", 10, width=4).train()
     F.cross_entropy(model(torch.rand(2, 3, 32, 32)), torch.arange(2)).backward()  # channels-last, the process dies
-    assert choose(model, torch.rand(2, 3, 32, 32))[1] == layout_of(model) == "default"
+    assert choose(model, torch.rand(2, 3, 32, 32))[1] == layout_of(model) == "contiguous"
     assert layout_of(build_model("rn18", 10, width=16)) == "channels-last"
 
 
@@ -362,8 +362,8 @@ def test_the_choice_leaves_network_and_random_numbers_alone():
     ("settled", "asked", "words"),
     [
         (("fp32", "channels-last"), "auto", "channels-last (--precision fp32 --layout channels-last)"),
-        (("bf16", "default"), "default", "default layout (--precision bf16 --layout default)"),
-        (("fp32", "default"), "auto", "does not bear channels-last (--precision fp32"),
+        (("bf16", "contiguous"), "contiguous", "bf16, contiguous (--precision bf16 --layout contiguous)"),
+        (("fp32", "contiguous"), "auto", "does not bear channels-last (--precision fp32"),
     ],
 )
 def test_what_was_chosen_is_said_with_the_flags_that_repeat_it(settled, asked, words):
@@ -377,13 +377,13 @@ def test_a_run_keeps_what_was_settled_and_gives_the_network_back_in_its_own_layo
     printed = io.StringIO()
     run = train(replace(CLAT, epochs=1), model, blobs, out=tmp_path / "run", console=Console(file=printed, width=200))
     assert (run.recipe["precision"], run.recipe["layout"]) == ("fp32", "channels-last")
-    assert layout_of(model) == "default"
+    assert layout_of(model) == "contiguous"
     assert "computes in fp32, channels-last (--precision fp32 --layout channels-last)" in printed.getvalue()
     monkeypatch.setattr("clat.compute.native_precision", lambda _: "bf16")
     recipe = run.folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("layout: channels-last", "layout: default"))
+    recipe.write_text(recipe.read_text().replace("layout: channels-last", "layout: contiguous"))
     resumed = train(replace(CLAT, epochs=1), network(), blobs, out=tmp_path / "run", resume=True)
-    assert (resumed.recipe["precision"], resumed.recipe["layout"]) == ("fp32", "default")
+    assert (resumed.recipe["precision"], resumed.recipe["layout"]) == ("fp32", "contiguous")
 
 
 def test_the_floors_run_in_the_precision_of_their_contestants(monkeypatch):

@@ -14,6 +14,7 @@ from clat.cli.pictures import draw_curves
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.evaluation.accuracy import Accuracy
+from clat.evaluation.measured import Identity, Measured
 from clat.evaluation.sweep import Curve, Point, sweep
 from clat.models import build_model
 
@@ -56,8 +57,18 @@ def test_over_steps_in_closed_form(levels):
 def curve(over, correct, **keys) -> Curve:
     strengths = [(2**place * (place > 0) / 255, 10) if over == "eps" else (8 / 255, 2**place) for place in range(9)]
     points = [Point(*strength, Accuracy(count, 50)) for strength, count in zip(strengths, correct, strict=False)]
-    facts = {"norm": "linf", "data": "d", "split": "test", "limit": 50, "seed": 0, "precision": "fp32"}
-    return Curve(over=over, points=tuple(points), **{**facts, "batch_size": 50, "weights": "w", **keys})
+    measured = Measured(
+        images=50,
+        data="d",
+        split="test",
+        networks=(Identity(model="m", structure="s", weights="w", layout="contiguous"),),
+        seed=0,
+        precision="fp32",
+        batch_size=50,
+        device="cpu",
+        versions={},
+    )
+    return Curve(over=over, points=tuple(points), **{"norm": "linf", "measured": measured, **keys})
 
 
 def test_where_a_curve_rises():

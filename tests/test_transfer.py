@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clat.attacks import activation, pgd, restarts
+from clat.attacks import activation, pgd_threat, restarts
 from clat.checkpoint import save_checkpoint
 from clat.cli import main as cli
 from clat.data.dataset import Dataset
@@ -59,10 +59,11 @@ def test_masked_gradients_show_as_a_stronger_transfer(levels):
 def test_the_same_seed_gives_the_same_and_an_attack_a_network_is_used(plain, tiny, blobs):
     models = {"plain": plain, "tiny": tiny}
     attacks = [activation(layer, blobs, EPS, steps=2) for layer in ("second", "network.layer3.0.conv1")]
-    first, second = (transfer(models, blobs, attacks, limit=30) for _ in range(2))
+    first, second = (transfer(models, blobs.sample(30), attacks) for _ in range(2))
     assert (first.clean, first.attacked) == (second.clean, second.attacked)
     assert [settings["layer"] for settings in first.settings] == ["second", "network.layer3.0.conv1"]
-    assert first.weights[0] != first.weights[1]
+    one, other = first.measured.networks
+    assert one.weights != other.weights
 
 
 def test_what_does_not_go_together_is_refused(plain, tiny, blobs, levels):
@@ -74,9 +75,9 @@ def test_what_does_not_go_together_is_refused(plain, tiny, blobs, levels):
     with pytest.raises(InputError, match="colour: The network takes images with 3 channels"):
         transfer({"plain": plain, "colour": build_model("rn18", 3, channels=3, width=8)}, blobs)
     with pytest.raises(InputError, match="2 networks and 3 attacks"):
-        transfer(both, blobs, restarts(pgd(EPS, 1), 3))
+        transfer(both, blobs, restarts(pgd_threat(EPS, 1), 3))
     with pytest.raises(InputError, match="different balls"):
-        transfer(both, blobs, [*restarts(pgd(EPS, 1)), *restarts(pgd(0.1, 1))])
+        transfer(both, blobs, [*restarts(pgd_threat(EPS, 1)), *restarts(pgd_threat(0.1, 1))])
 
 
 def test_the_command(tmp_path, capsys):
@@ -102,7 +103,7 @@ def test_the_command(tmp_path, capsys):
         ([*names, *rest, "--attack", "activation"], "--layer NAME goes with"),
         ([*names, *rest, "--layer", "network.conv1"], "--layer NAME goes with"),
         ([*names, *rest, "--attack", "activation", "--layer", "conv99"], "no layer 'conv99'"),
-        ([*names, *rest, "--limit", "0"], "at least one image"),
+        ([*names, *rest, "--limit", "0"], "1 or more"),
     ):
         assert cli.main(["transfer", *arguments]) == 2
         error = capsys.readouterr().err

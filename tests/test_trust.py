@@ -16,9 +16,9 @@ from clat.checkpoint import save_checkpoint
 from clat.cli.main import main
 from clat.compute import native_precision
 from clat.data.dataset import Dataset, load_data, to_unit
+from clat.evaluation.trust.attack_checks import beaten_by
 from clat.evaluation.trust.battery import CHECKS, NEEDED
 from clat.evaluation.trust.check import Check, grade
-from clat.evaluation.trust.checks import beaten_by
 from clat.layers import layers
 from clat.models import MODELS, build_model
 from clat.models.spec import OPTIONS
@@ -341,6 +341,39 @@ def test_a_check_of_ones_own_is_one_entry(undefended, test_images):
     assert finding(verdict, "longer").evidence["broken"] > 10
 
 
+def changed(check: str, **limits: float) -> list[Check]:
+    """The checks up to this one, which has other limits."""
+    until = CHECKS[: [each.id for each in CHECKS].index(check) + 1]
+    return [*until[:-1], replace(until[-1], limits={**until[-1].limits, **limits})]
+
+
+@pytest.mark.parametrize(
+    ("check", "limits", "status", "words"),
+    [
+        ("clean-accuracy", {"times": 9.9}, "fail", "fail at or below 9.9 times chance"),
+        ("logits", {"within": 1e3}, "fail", "sum to 1, each within 1000"),
+        ("batch", {"apart": -1}, "fail", "differ by over -1 (l2)"),
+        ("state", {"repeats": -1}, "fail", "if over -1 % repeat"),
+        ("attack", {"outside": -9}, "fail", "leaves the ball by -9"),
+    ],
+)
+def test_one_number_is_the_threshold_and_its_words(check, limits, status, words, undefended, test_images):
+    plain, other = (
+        finding(trust(undefended, test_images, 0.1, limit=20, checks=checks), check)
+        for checks in (changed(check), changed(check, **limits))
+    )
+    assert plain.status == "pass"
+    assert words not in plain.threshold
+    assert other.status == status
+    assert words in other.threshold
+
+
+def test_every_limit_stands_in_the_words_of_its_check():
+    for check in CHECKS:
+        for name in check.limits:
+            assert "1234.5" in replace(check, limits={**check.limits, name: 1234.5}).words, (check.id, name)
+
+
 @pytest.mark.parametrize(
     ("count", "n", "tolerance", "status"),
     [
@@ -408,7 +441,7 @@ def test_checks_come_after_what_they_need():
 
 def test_the_documents_table_is_that_of_the_battery():
     text = (Path(__file__).parents[1] / "docs/trust.md").read_text()
-    rows = [f"| `{check.id}` | {check.title} | {check.threshold} | {check.source} |" for check in CHECKS]
+    rows = [f"| `{check.id}` | {check.title} | {check.words} | {check.source} |" for check in CHECKS]
     assert "\n".join(rows) in text
     assert f"A verdict needs these checks: {', '.join(f'`{check}`' for check in NEEDED)}." in " ".join(text.split())
     assert set(NEEDED) < {check.id for check in CHECKS}

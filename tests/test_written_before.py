@@ -96,6 +96,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(recipe, here):
 
 def test_a_finished_run_is_fine_tuned(here):
     keys = ["--epochs=1", "--holdout=12", "--batch_size=8", "--threat.steps=1", "--validation_steps=1"]
-    fixed = ["--precision=fp32", "--layout=default", "--health=false"]
+    fixed = ["--precision=fp32", "--layout=contiguous", "--health=false"]
     assert main(["finetune", "pgd-at", "--from=finished", "--data=images", "--out=further", *keys, *fixed]) == 0
     assert Run(here / "further").environment["from"] == "finished/best.safetensors"

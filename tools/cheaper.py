@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from clat import evaluate, load_data
-from clat.attacks import pgd
+from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import percent
 from clat.data.dataset import Dataset
@@ -62,7 +62,7 @@ def unseen(data: Dataset, base: Run) -> Dataset:
 
 def judge(checkpoint: Path, target: Path, judges: Dataset, run: Run | None = None) -> None:
     if not target.exists():
-        found = evaluate(load_checkpoint(checkpoint)[0], judges, pgd("8/255", 20))
+        found = evaluate(load_checkpoint(checkpoint)[0], judges, pgd_threat("8/255", 20))
         facts = {"outcomes": [outcome == 0 for outcome in found.outcomes], "clean": found.clean.correct}
         if run is not None:
             facts |= {"seconds": run.result["seconds"], "selected": run.selections[-1].layers}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clat import evaluate, load_data
-from clat.attacks import pgd
+from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
 from clat.evaluation.accuracy import Accuracy
 from clat.training.runs import Run
@@ -68,7 +68,7 @@ def _measure(run: Run, test: Any) -> None:
     """Test accuracies of the last checkpoint, kept beside the run."""
     if not _accuracies(run).is_file():
         model, _ = load_checkpoint(run.last)
-        found = evaluate(model, test, pgd("8/255", 20), limit=TEST_IMAGES)
+        found = evaluate(model, test.sample(TEST_IMAGES), pgd_threat("8/255", 20))
         _accuracies(run).write_text(json.dumps({"clean": found.clean.correct, "robust": found.robust.correct}))
 
 

@@ -24,16 +24,15 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 from clat import evaluate, load_data
-from clat.attacks import Attack, apgd_ce, autoattack, pgd, pgd_attack
+from clat.attacks import Attack, apgd_ce, autoattack, pgd_threat
 from clat.checkpoint import load_checkpoint
 from clat.compute import best_device, seeded
 from clat.data.dataset import Dataset, to_unit
 from clat.evaluation.accuracy import Accuracy
-from clat.evaluation.evaluate import drawn
 from clat.files import write_text
 from clat.models.importing import import_weights
 from clat.network import Images, Labels, predict, weights_digest
-from clat.threat import Threat
+from clat.threat import Threat, attack_output
 from clat.training.environment import environment
 
 TARGET = Path(__file__).parents[1] / "results/peers.json"
@@ -61,7 +60,11 @@ def by_foolbox(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images
     return attack.run(wrapped, x, foolbox.criteria.Misclassification(y), epsilon=threat.radius)
 
 
-PGDS: dict[str, Pgd] = {"clat": pgd_attack, "torchattacks": by_torchattacks, "foolbox": by_foolbox}
+PGDS: dict[str, Pgd] = {
+    "clat": partial(attack_output, keep="best"),
+    "torchattacks": by_torchattacks,
+    "foolbox": by_foolbox,
+}
 
 
 def robust(model: nn.Module, data: Dataset, attack: Pgd, threat: Threat, device: str = "cpu") -> list[bool]:
@@ -125,7 +128,7 @@ def parts(model: nn.Module, data: Dataset, few: Dataset, eps: float, device: str
     """Each comparison by name; AutoAttack's are on the ``few`` images."""
 
     def pgds(start: Literal["zero", "uniform"]) -> dict[str, Any]:
-        threat = replace(pgd(eps, 20), start=start)
+        threat = replace(pgd_threat(eps, 20), start=start)
         right = {name: robust(model, data, attack, threat, device) for name, attack in PGDS.items()}
         return {name: agreement(right["clat"], right[name]) for name in ("torchattacks", "foolbox")}
 
@@ -188,7 +191,7 @@ def main(name: str, source: str, checkpoint: str, images: int = 512, autoattack_
     assert wheel.origin is not None
     clean = import_weights(Path(wheel.origin).parent / "examples/model_test.pt", "rn18").model
     networks = {name: load_checkpoint(checkpoint)[0], "pyautoattack/examples/model_test.pt": clean}
-    compare(networks, drawn(test, images, 0), drawn(test, autoattack_images, 0), TARGET)
+    compare(networks, test.sample(images), test.sample(autoattack_images), TARGET)
 
 
 if __name__ == "__main__":

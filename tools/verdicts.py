@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from clat import evaluate, load_data, trust
-from clat.attacks import autoattack, pgd, restarts, through_layers
+from clat.attacks import autoattack, pgd_threat, restarts, through_layers
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import percent
 from clat.evaluation.accuracy import worst_case
-from clat.evaluation.evaluate import drawn
 from clat.files import write_text
 from clat.training.environment import environment
 from clat.training.runs import Run
@@ -32,9 +31,9 @@ def main(name: str, run: str, base: str, source: str, eps: str, images: int = 25
     layers = Run(Path(run)).selected
     verdict = trust(model, test, eps, base=load_checkpoint(base)[0], layers=layers, budget=60)
     print(verdict.text, flush=True)
-    few = drawn(test, images, 0)
+    few = test.sample(images)
     attacks = {
-        "PGD-20": restarts(pgd(eps, 20)),
+        "PGD-20": restarts(pgd_threat(eps, 20)),
         "through the selected layers": [through_layers(layers, eps)],
         "AutoAttack": autoattack(eps, len(test.classes)),
     }

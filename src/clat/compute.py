@@ -13,9 +13,9 @@ from clat.text import plain
 
 Precision = Literal["auto", "bf16", "fp32"]
 
-Layout = Literal["auto", "default", "channels-last"]
+Layout = Literal["auto", "contiguous", "channels-last"]
 LAYOUTS: dict[Layout, torch.memory_format] = {
-    "default": torch.contiguous_format,
+    "contiguous": torch.contiguous_format,
     "channels-last": torch.channels_last,
 }
 CHANNELS_LAST = ("cpu", "cuda")  # kinds of device on which ``auto`` is this layout
@@ -26,8 +26,8 @@ def layout_of(model: nn.Module) -> Layout:
     """channels-last if most of the kernels of which it can be told are stored so."""
     kernels = [p for p in model.parameters() if p.dim() == 4]
     orders = [[p.is_contiguous(memory_format=order) for order in LAYOUTS.values()] for p in kernels]
-    told = [last for default, last in orders if default != last]
-    return "channels-last" if 2 * sum(told) > len(told) else "default"
+    told = [last for contiguous, last in orders if contiguous != last]
+    return "channels-last" if 2 * sum(told) > len(told) else "contiguous"
 
 
 def set_layout(model: nn.Module, layout: Layout) -> None:
@@ -41,8 +41,9 @@ def choose(
     """Settles ``auto`` by the kind of device alone, and puts the network into the layout.
 
     The precision is bf16 where the device has instructions for it, else fp32; the layout is channels-last on CPUs and
-    CUDA, elsewhere torch's default. A network that fails in channels-last, as one that flattens with ``view`` may,
-    gives other scores in it, or has gradients that the CPU would get wrong (``bears_channels_last``), gets the default.
+    CUDA, elsewhere contiguous, as torch makes them. A network that fails in channels-last, as one that flattens with
+    ``view`` may, gives other scores in it, or has gradients that the CPU would get wrong (``bears_channels_last``),
+    stays contiguous.
 
     Args:
         x: a few images on the network's device
@@ -51,22 +52,21 @@ def choose(
     """
     if precision == "auto":
         precision = native_precision(x.device)
-    wanted = ("channels-last" if x.device.type in CHANNELS_LAST else "default") if layout == "auto" else layout
+    wanted = ("channels-last" if x.device.type in CHANNELS_LAST else "contiguous") if layout == "auto" else layout
     why = _refusal(model, x, wanted)
     if why and layout != "auto":
         raise InputError(f"With layout {layout} the network {why}; leave it auto.")
     if why:
-        wanted = "default"
+        wanted = "contiguous"
         set_layout(model, wanted)
     return precision, wanted
 
 
 def in_words(device: torch.device, precision: Precision, layout: Layout, asked: Layout = "auto") -> str:
     """What was settled, with the flags that repeat it, and whether channels-last was refused for it."""
-    refused = asked == "auto" and layout == "default" and device.type in CHANNELS_LAST
-    words = "default layout" if layout == "default" else str(layout)
+    refused = asked == "auto" and layout == "contiguous" and device.type in CHANNELS_LAST
     why = ", as the network does not bear channels-last" if refused else ""
-    return f"computes in {precision}, {words}{why} (--precision {precision} --layout {layout})"
+    return f"computes in {precision}, {layout}{why} (--precision {precision} --layout {layout})"
 
 
 def _refusal(model: nn.Module, x: Images, layout: Layout) -> str:

@@ -67,12 +67,17 @@ def check_seed(name: str, value: int) -> None:
         raise InputError(f"{name} is {shown(value)}; give a whole number of at most {LARGEST_SEED}.")
 
 
-def check_least(block: Any, least: float, *names: str, prefix: str = "") -> None:
-    """Raises InputError if one of these fields of a dataclass is given and below ``least``."""
-    for name in names:
-        value = getattr(block, name)
-        if value is not None and value < least:
-            raise InputError(f"{prefix}{name} is {value}; it must be {least} or more.")
+def check_least(least: float, *, prefix: str = "", **values: float | None) -> None:
+    """Raises InputError if a value is given and below ``least``, or is not whole where ``least`` is an int.
+
+    Args:
+        values: by the name that stands in the message, after ``prefix``
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not (_is_whole(value) if isinstance(least, int) else isinstance(value, Real)) or value < least:
+            raise InputError(f"{prefix}{name} is {shown(value)}; it must be {least:g} or more.")
 
 
 def annotations(owner: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The threat model, and the one inner maximisation that every attack of this library runs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -13,6 +14,9 @@ from clat.batchnorm import fixed_norms
 from clat.errors import InputError
 from clat.inputs import check_fields, check_least, shown
 from clat.network import Cost, Images, Labels, check_images, held, logits, whole_labels
+
+Lp = Literal["linf", "l2"]  # the norm of a ball
+Keep = Literal["last", "best"]  # of an ascent: the last iterate or, image by image, the one with the highest cost
 
 GAUSSIAN_START = 0.001  # standard deviation of the "gaussian" start, after TRADES
 
@@ -46,7 +50,7 @@ class Threat:
     eps: float | str = 0.03
     step: float | str = 0.007
     steps: int = 10
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Lp = "linf"
     start: Literal["uniform", "gaussian", "zero"] = "uniform"
     mode: Literal["eval", "batch", "train"] = "eval"
 
@@ -59,7 +63,7 @@ class Threat:
         check_fields(self, "threat.")
         if self.norm == "linf" and self.radius > 1:
             raise InputError(f"threat.eps is {self.eps}, but pixels lie in [0, 1]; for 8 grey levels write 8/255.")
-        check_least(self, 0, "steps", prefix="threat.")
+        check_least(0, prefix="threat.", steps=self.steps)
 
     @property
     def radius(self) -> float:
@@ -126,7 +130,7 @@ def ascend(
     threat: Threat,
     *,
     model: nn.Module,
-    keep: Literal["last", "best"] = "last",
+    keep: Keep = "last",
     start: Images | None = None,
     momentum: float = 0.0,
 ) -> Images:
@@ -177,16 +181,27 @@ def _better(best: Images, best_cost: Tensor | None, x_adv: Images, values: Tenso
     return torch.where(per_image(higher, x_adv), x_adv, best), torch.where(higher, values, best_cost)
 
 
-def attack_output(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-    """The untargeted PGD attack on the network's output that Section 3.1 uses in place of one attack a layer.
+def attack_output(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    *,
+    keep: Keep = "last",
+    scores: Callable[[Images], Tensor] | None = None,
+) -> Images:
+    """Untargeted PGD on the cross-entropy of the output; Section 3.1 uses it in place of one attack a layer.
 
+    Args:
+        keep: the last iterate, as in training, or of each image the one with the highest loss, as in evaluation
+        scores: gives the class scores (batch, classes); default the network's output
     Raises:
         InputError: images of another shape or outside [0, 1]; labels that are not one whole number an image
     """
     check_images(x)
-    return label_attack(model, x, whole_labels(y, x), threat)
+    labels = whole_labels(y, x)
 
+    def cost(z: Images) -> Tensor:
+        return F.cross_entropy(logits(model(z)) if scores is None else scores(z), labels, reduction="none")
 
-def label_attack(model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-    """``attack_output`` inside a training loop, where the batch is known to be good."""
-    return ascend(lambda z: F.cross_entropy(logits(model(z)), y, reduction="none"), x, threat, model=model)
+    return ascend(cost, x, threat, model=model, keep=keep)

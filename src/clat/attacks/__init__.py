@@ -7,10 +7,10 @@ from typing import Literal, get_args
 from clat.attacks.attack import Attack
 from clat.attacks.auto import apgd_ce, apgd_targeted, autoattack, fab_targeted, square, square_takes
 from clat.attacks.features import activation, through_layers
-from clat.attacks.pgd import pgd, pgd_attack, restarts
+from clat.attacks.pgd import pgd_threat, restarts
 from clat.errors import InputError
+from clat.threat import Lp
 
-Norm = Literal["linf", "l2"]
 TierName = Literal["quick", "standard", "full", "blackbox"]
 
 
@@ -26,7 +26,7 @@ def tier(
     name: TierName,
     eps: float | str,
     classes: int,
-    norm: Norm = "linf",
+    norm: Lp = "linf",
     *,
     steps: int = 20,
     starts: int = 5,
@@ -42,7 +42,7 @@ def tier(
         steps, starts: of the quick tier's PGD
     """
     if name == "quick":
-        return Tier(attacks=restarts(pgd(eps, steps, norm), starts, seed), images=512)
+        return Tier(attacks=restarts(pgd_threat(eps, steps, norm), starts, seed), images=512)
     if name == "standard":
         both = (apgd_ce(eps, norm, seed=seed), apgd_targeted(eps, classes, norm, seed=seed))
         return Tier(attacks=both, images=1000)
@@ -55,7 +55,6 @@ def tier(
 
 __all__ = [
     "Attack",
-    "Norm",
     "Tier",
     "TierName",
     "activation",
@@ -63,8 +62,7 @@ __all__ = [
     "apgd_targeted",
     "autoattack",
     "fab_targeted",
-    "pgd",
-    "pgd_attack",
+    "pgd_threat",
     "restarts",
     "square",
     "square_takes",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from clat.attacks.attack import Attack, finite_scores
 from clat.errors import InputError
 from clat.network import Images, Labels
-from clat.threat import Threat
+from clat.threat import Lp, Threat
 
-Norm = Literal["linf", "l2"]
 NAMES = {"linf": "Linf", "l2": "L2"}
 TARGETS = 9  # of AutoAttack, which was made for ten classes
 RHO = 0.75
@@ -30,7 +29,7 @@ class _MarginAPGD(APGDAttack_targeted):  # type: ignore[misc]
 
 
 def apgd_ce(
-    eps: float | str, norm: Norm = "linf", *, steps: int = 100, starts: int = 1, expectation: int = 1, seed: int = 0
+    eps: float | str, norm: Lp = "linf", *, steps: int = 100, starts: int = 1, expectation: int = 1, seed: int = 0
 ) -> Attack:
     """Auto-PGD on the cross-entropy; ``expectation`` gradients are averaged at each step, for networks that draw."""
 
@@ -51,7 +50,7 @@ def apgd_ce(
 
 
 def apgd_targeted(
-    eps: float | str, classes: int, norm: Norm = "linf", *, steps: int = 100, targets: int = TARGETS, seed: int = 0
+    eps: float | str, classes: int, norm: Lp = "linf", *, steps: int = 100, targets: int = TARGETS, seed: int = 0
 ) -> Attack:
     """Auto-PGD on the targeted DLR loss, against each of the ``targets`` likeliest other classes.
 
@@ -73,7 +72,7 @@ def apgd_targeted(
 
 
 def fab_targeted(
-    eps: float | str, classes: int, norm: Norm = "linf", *, steps: int = 100, targets: int = TARGETS, seed: int = 0
+    eps: float | str, classes: int, norm: Lp = "linf", *, steps: int = 100, targets: int = TARGETS, seed: int = 0
 ) -> Attack:
     """The targeted Fast Adaptive Boundary attack (Croce and Hein 2020), which looks for the nearest other class."""
     count = min(targets, classes - 1)
@@ -93,7 +92,7 @@ def fab_targeted(
     return _attack("FAB-T", make, eps, norm, seed, count * steps * 4 / 3, {"steps": steps, "targets": count}, note)
 
 
-def square(eps: float | str, norm: Norm = "linf", *, queries: int = 5000, seed: int = 0) -> Attack:
+def square(eps: float | str, norm: Lp = "linf", *, queries: int = 5000, seed: int = 0) -> Attack:
     """The Square attack (Andriushchenko et al. 2020), which uses no gradients."""
 
     def make(model: Any, threat: Threat) -> SquareAttack:
@@ -120,13 +119,13 @@ def square(eps: float | str, norm: Norm = "linf", *, queries: int = 5000, seed: 
     return replace(attack, perturb=perturb)
 
 
-def square_takes(edge: int, norm: Norm) -> bool:
+def square_takes(edge: int, norm: Lp) -> bool:
     """Whether pyautoattack's Square works on images of this many pixels a side: its l2 form fails on 12, 14, 18, ..."""
     tile = edge // 5
     return norm == "linf" or tile == 1 or (tile > 1 and (edge - 5 * tile) // 2 + edge // tile * tile <= edge)
 
 
-def autoattack(eps: float | str, classes: int, norm: Norm = "linf", *, seed: int = 0) -> tuple[Attack, ...]:
+def autoattack(eps: float | str, classes: int, norm: Lp = "linf", *, seed: int = 0) -> tuple[Attack, ...]:
     """The standard version: APGD-CE, targeted APGD, targeted FAB and Square, in this order."""
     return (
         apgd_ce(eps, norm, seed=seed),
@@ -140,7 +139,7 @@ def _attack(
     name: str,
     make: Callable[[Any, Threat], Any],
     eps: float | str,
-    norm: Norm,
+    norm: Lp,
     seed: int,
     passes: float,
     settings: dict[str, Any],

@@ -1,26 +1,25 @@
 """Attacks through features: the one that adapts to CLAT, and the activation attack, which transfers."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clat.attacks.attack import Attack, finite_scores
-from clat.attacks.pgd import pgd
+from clat.attacks.pgd import pgd_threat
 from clat.data.dataset import Dataset, to_unit
 from clat.errors import InputError
 from clat.features import At, feature_distance
 from clat.layers import named_layers
 from clat.network import Images, Labels
-from clat.threat import Threat, ascend, per_image
+from clat.threat import Lp, Threat, ascend, per_image
 
 
 def through_layers(
     layers: Sequence[str],
     eps: float | str,
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Lp = "linf",
     *,
     steps: int = 20,
     at: At = "output",
@@ -43,7 +42,7 @@ def through_layers(
     """
     if not layers:
         raise InputError("Name at least one layer to attack through.")
-    threat = pgd(eps, steps, norm)
+    threat = pgd_threat(eps, steps, norm)
 
     def perturb(model: nn.Module, x: Images, y: Labels) -> Images:
         start = ascend(feature_distance(model, x, named_layers(model, x, layers), at=at), x, threat, model=model)
@@ -73,7 +72,7 @@ def activation(
     layer: str,
     guides: Dataset,
     eps: float | str,
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Lp = "linf",
     *,
     steps: int = 10,
     momentum: float = 1.0,

@@ -28,8 +28,8 @@ USAGE = {
     "[--overwrite] [--key value ...]",
     "finetune": "RECIPE --from CHECKPOINT_OR_RUN --data DATA --out RUN [--model MODEL] [--scale small] [--resume] "
     "[--overwrite] [--key value ...]",
-    "evaluate": "CHECKPOINT_OR_RUN --data DATA [--tier quick|standard|full] [--eps 8/255] [--limit N] [--repeats N] "
-    "[--json FILE] [--key value ...]",
+    "evaluate": "CHECKPOINT_OR_RUN --data DATA [--tier quick|standard|full|blackbox] [--eps 8/255] [--limit N] "
+    "[--repeats N] [--json FILE] [--key value ...]",
     "transfer": "NETWORK NETWORK [...] --data DATA [--attack pgd|activation] [--layer NAME] [--json FILE] "
     "[--key value ...]",
     "sweep": "NETWORK [...] --data DATA [--eps 8/255] [--steps 20] [--picture FILE] [--json FILE] [--key value ...]",

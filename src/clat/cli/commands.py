@@ -1,9 +1,12 @@
 """The commands, one typed function each; a signature is a command's flags, a docstring their help."""
 
 from clat.cli.arguments import Command
-from clat.cli.evaluation import evaluate, sweep, transfer, trust
+from clat.cli.evaluate import evaluate
 from clat.cli.networks import import_, layers
+from clat.cli.sweep import sweep
 from clat.cli.training import demo, finetune, status, train
+from clat.cli.transfer import transfer
+from clat.cli.trust import trust
 
 COMMANDS: dict[str, Command] = {
     "demo": demo,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clat.attacks import pgd
+from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import layer_table, percent, ranking
 from clat.criticality import criticality, ranked
@@ -28,7 +28,7 @@ from clat.training.runs import Run
 from clat.tuners import Critical
 
 WIDTH = 8  # channels of the first stage of ResNet-18
-EVALUATION = pgd("16/255", 20)
+EVALUATION = pgd_threat("16/255", 20)
 
 # Chosen on held-out training images, not on the test images that the table shows.
 PRETRAIN = Recipe(epochs=8, lr=0.1, threat=Threat(eps="16/255", step="4/255", steps=7), holdout=500)

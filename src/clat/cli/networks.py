@@ -4,10 +4,10 @@ from dataclasses import asdict, replace
 
 import torch
 
-from clat.attacks import pgd
+from clat.attacks import pgd_threat
 from clat.checkpoint import save_checkpoint
+from clat.cli.attacking import assumed
 from clat.cli.shared import (
-    assumed,
     console,
     data_named,
     device_named,
@@ -25,6 +25,7 @@ from clat.criticality import Norm, criticality
 from clat.data.dataset import EMBEDDED, to_unit
 from clat.errors import InputError
 from clat.evaluation.fits import check_fits
+from clat.evaluation.measured import Measured
 from clat.features import At
 from clat.models import normalisation_of
 from clat.models.importing import import_weights
@@ -71,10 +72,10 @@ def layers(
     dataset = fitting(data_named(data, split), stored_facts(network), network, unseen=False)
     opened = network_named(network, dataset, model).to(place)
     check_fits(opened, dataset, place)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:batch]
-    pixels, y = next(dataset.subset(order.sort().values).to(place).batches(batch, workers=0))
+    chosen = dataset.sample(batch, seed)
+    pixels, y = next(chosen.to(place).batches(batch, workers=0))
     torch.manual_seed(seed)
-    threat = replace(pgd(eps, steps), step=_paper_step(eps))
+    threat = replace(pgd_threat(eps, steps), step=_paper_step(eps))
     x = to_unit(pixels)
     predict(opened, x)  # its scores are finite
     scores = criticality(opened, x, attack_output(opened, x, y, threat), norm=norm, at=at)
@@ -85,7 +86,8 @@ def layers(
     if json != "-":
         size = sum(parameter.numel() for parameter in opened.parameters())
         attack = attack_name(f"PGD-{steps}", threat)
-        console.print(assumed(place, "fp32", dataset), highlight=False)
+        measured = Measured.of([opened], chosen, seed=seed, batch_size=len(x), device=place)
+        console.print(assumed(measured, dataset), highlight=False)
         console.print(f"Normalisation: {normalisation_of(opened)}", markup=False, highlight=False)
         console.print(layer_table(rows, size, f"Layers of {network}, most critical first ({len(x)} images, {attack})"))
 

@@ -49,12 +49,6 @@ def device_named(text: str | None) -> torch.device:
     return device
 
 
-def assumed(device: torch.device, precision: str, data: Dataset) -> str:
-    """What a command takes for granted, on one line."""
-    names = ", ".join(data.classes[:3]) + (", ..." if len(data.classes) > 3 else "")
-    return plain(f"Device {device}, precision {precision}, split {data.split}, {len(data.classes)} classes ({names})")
-
-
 def network_named(name: str, data: Dataset, model: str | None = None) -> nn.Module:
     """The network in a checkpoint or run folder, or a new one by name that fits the data.
 

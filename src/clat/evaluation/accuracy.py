@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from clat.evaluation.measured import Measured
+
 TOLERATED = 0.005  # share of the images by which a weaker attack may seem the stronger one before it counts as a sign
+CHANCE = 1.2  # an accuracy up to this many times that of guessing is chance level
 Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 
@@ -55,9 +58,8 @@ class Result:
     """What ``evaluate`` found, and all that is needed to find it again.
 
     ``outcomes`` has one number an image: -1 if it was misclassified clean, 0 if it withstood every attack, else the
-    1-based number of the attack that broke it. ``model`` is what ``build_model`` made it from, or else its class;
-    ``structure`` tells networks with the same weights apart. ``from_record`` says what was not measured now but read
-    from a record, in words.
+    1-based number of the attack that broke it. ``from_record`` says what was not measured now but read from a record,
+    in words.
     """
 
     clean: Accuracy
@@ -65,17 +67,7 @@ class Result:
     attacks: tuple[AttackResult, ...]
     eps: float
     norm: str
-    data: str
-    split: str
-    limit: int | None
-    seed: int
-    precision: str
-    batch_size: int
-    device: str
-    weights: str
-    model: str
-    structure: str
-    version: str  # of clat
+    measured: Measured
     seconds: float
     outcomes: tuple[int, ...]
     from_record: str = field(default="", compare=False)

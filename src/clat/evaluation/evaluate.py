@@ -1,26 +1,25 @@
 """Accuracy on clean and on attacked images, with counts and confidence intervals."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from clat.attacks import Attack, pgd, restarts
+from clat.attacks import Attack, pgd_threat, restarts
 from clat.compute import Precision, autocast, placed, seeded
 from clat.data.arrays import as_dataset
 from clat.data.dataset import Dataset, to_unit
 from clat.errors import InputError
 from clat.evaluation.accuracy import Result
 from clat.evaluation.fits import check_fits
+from clat.evaluation.measured import Measured
 from clat.evaluation.record import _State
-from clat.network import Images, Labels, held, predict, weights_digest
-from clat.structure import structure_digest
+from clat.inputs import check_least
+from clat.network import Images, Labels, held, predict
 from clat.threat import Threat
 
 
@@ -41,7 +40,6 @@ def evaluate(
     data: Any,
     attacks: Threat | Sequence[Attack] | None = None,
     *,
-    limit: int | None = None,
     seed: int = 0,
     batch_size: int = 250,
     workers: int = 2,
@@ -57,9 +55,9 @@ def evaluate(
 
     Args:
         model: takes pixels in [0, 1], returns class scores (batch, classes)
-        data: a ``Dataset``, or anything that ``as_dataset`` takes
+        data: a ``Dataset``, or anything that ``as_dataset`` takes; ``Dataset.sample`` draws some of its images
         attacks: on one ball; a threat stands for one run of PGD, by default of 20 steps of eps/4 at eps 8/255
-        limit: evaluate this many images, drawn at random by ``seed``
+        seed: of PGD's random start, where ``attacks`` is a threat; other attacks have seeds of their own
         workers: processes that decode images which are not kept in memory
         device: where the network is moved for the call, and then back; default where it is
         record: a folder that keeps a JSON file of each evaluation, written after each batch; one of the same network,
@@ -74,12 +72,13 @@ def evaluate(
     """
     data = as_dataset(data)
     attacks = _attacks(attacks, seed)
-    check_count("batch_size", batch_size)
-    data = drawn(data, limit, seed)
+    check_least(1, batch_size=batch_size)
     with placed([model], device) as place:
         check_fits(model, data, place)
-        facts = _facts(model, data, attacks[0].threat, limit, seed, precision, batch_size, place)
-        state = _State.begin(record, facts, attacks, len(data))
+        measured = Measured.of(
+            [model], data, seed=attacks[0].seed, precision=precision, batch_size=batch_size, device=place
+        )
+        state = _State.begin(record, measured, attacks)
         data = data.to(place)
         if not state.outcomes:
             state.outcomes = _clean(model, data, batch_size, workers, place, precision)
@@ -102,50 +101,9 @@ def evaluate(
     return state.result()
 
 
-def _facts(
-    model: nn.Module,
-    data: Dataset,
-    threat: Threat,
-    limit: int | None,
-    seed: int,
-    precision: Precision,
-    batch_size: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """All that decides the result beside the attacks."""
-    spec = getattr(model, "spec", None)
-    return {
-        "eps": threat.radius,
-        "norm": threat.norm,
-        "data": f"{data.source} sha256:{data.digest()[:16]}",
-        "split": data.split,
-        "limit": limit,
-        "seed": seed,
-        "precision": precision,
-        "batch_size": batch_size,
-        "device": device.type,
-        "weights": weights_digest(model),
-        "model": json.dumps(spec, sort_keys=True, default=str) if spec else type(model).__qualname__,
-        "structure": structure_digest(model),
-        "version": version("torch-clat"),
-    }
-
-
-def drawn(data: Dataset, limit: int | None, seed: int) -> Dataset:
-    """``limit`` images drawn at random by ``seed``, in their order; all if there are no more."""
-    if limit is None:
-        return data
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise InputError(f"limit is {limit!r}; evaluate at least one image.")
-    if limit >= len(data):
-        return data
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return data.subset(order[:limit].sort().values)
-
-
 def _attacks(attacks: Threat | Sequence[Attack] | None, seed: int) -> Sequence[Attack]:
     if attacks is None or isinstance(attacks, Threat):
-        return restarts(attacks or pgd("8/255", 20), seed=seed)
+        return restarts(attacks or pgd_threat("8/255", 20), seed=seed)
     if not attacks:
         raise InputError("There is no attack to evaluate with.")
     check_one_ball(attacks)
@@ -157,12 +115,6 @@ def check_one_ball(attacks: Sequence[Attack]) -> None:
     balls = {(attack.threat.radius, attack.threat.norm) for attack in attacks}
     if len(balls) > 1:
         raise InputError(f"The attacks are on different balls ({balls}); evaluate each ball by itself.")
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises InputError unless an option is a whole number from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} is {value!r}; it must be 1 or more.")
 
 
 def _clean(

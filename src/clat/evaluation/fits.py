@@ -22,7 +22,7 @@ def check_all_fit(models: Mapping[str, nn.Module], data: Dataset, device: torch.
 
 def check_fits(model: nn.Module, data: Dataset, device: torch.device | str) -> None:
     """Raises InputError unless the network takes these images and has one output for each class."""
-    pixels, _ = next(data.subset(torch.arange(min(2, len(data)))).batches(2, workers=0))
+    pixels, _ = next(data.first(2).batches(2, workers=0))
     x = to_unit(pixels).to(device)
     check_images(x)
     outputs = class_scores(model, x).shape[1]

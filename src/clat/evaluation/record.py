@@ -13,6 +13,7 @@ from typing import Any
 from clat.attacks import Attack
 from clat.errors import InputError
 from clat.evaluation.accuracy import Accuracy, AttackResult, Result
+from clat.evaluation.measured import Measured
 from clat.files import parse_json, read_text, write_text
 from clat.text import plain
 
@@ -22,7 +23,8 @@ class _State:
     """An evaluation in progress, as its record holds it."""
 
     record: Path | None
-    facts: dict[str, Any]
+    measured: Measured
+    ball: dict[str, Any]  # eps, norm
     attacks: list[dict[str, Any]]  # name, seed, settings, note
     outcomes: list[int]
     done: list[int]  # images, of each attack
@@ -30,20 +32,26 @@ class _State:
     from_record: str = ""
 
     @classmethod
-    def begin(cls, folder: Path | None, facts: dict[str, Any], attacks: Sequence[Attack], n: int) -> "_State":
+    def begin(cls, folder: Path | None, measured: Measured, attacks: Sequence[Attack]) -> "_State":
         described = [{"name": a.name, "seed": a.seed, "settings": dict(a.settings), "note": a.note} for a in attacks]
-        state = cls(None, facts, described, [], [0] * len(attacks), [0.0] * len(attacks))
+        ball = {"eps": attacks[0].threat.radius, "norm": attacks[0].threat.norm}
+        state = cls(None, measured, ball, described, [], [0] * len(attacks), [0.0] * len(attacks))
         if folder is None or os.environ.get("RANK", "0") != "0":
             return state
         name = re.sub(r"[^\w.+-]+", "-", state.result().attack.lower().replace(", ", "-"))[:80]
-        identity = hashlib.sha256(json.dumps([facts, described]).encode()).hexdigest()[:12]
+        identity = hashlib.sha256(json.dumps(state.identity).encode()).hexdigest()[:12]
         state.record = Path(folder) / f"{name}-{identity}.json"
         if os.path.lexists(state.record):
-            state._take_over(state.record, n)
+            state._take_over(state.record)
         return state
 
-    def _take_over(self, record: Path, n: int) -> None:
-        """Goes on from a record. Raises InputError unless it is whole and of this very evaluation of n images."""
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the record is known by: all that decides the result."""
+        return {"measured": self.measured.to_json(), **self.ball, "attacks": self.attacks}
+
+    def _take_over(self, record: Path) -> None:
+        """Goes on from a record. Raises InputError unless it is whole and of this very evaluation."""
         advice = "remove it, or keep records in another folder (--out)"
         try:
             content = parse_json(read_text(record), record)
@@ -54,8 +62,8 @@ class _State:
         if content.pop("digest") != _content_digest(content):
             raise InputError(f"{plain(record)} was changed after clat wrote it: its digest does not match; {advice}.")
         read = content["state"]
-        same = all(_json(vars(self)[key]) == read.get(key) for key in ("facts", "attacks"))
-        if not same or not _consistent(read, n, len(self.attacks)):
+        same = _json(self.identity) == read.get("identity")
+        if not same or not _consistent(read, self.measured.images, len(self.attacks)):
             raise InputError(f"{plain(record)} is not a valid record of this evaluation; {advice}.")
         self.outcomes, self.done, self.seconds = read["outcomes"], read["done"], read["seconds"]
         done, total = self.done[-1], sum(outcome in (0, len(self.done)) for outcome in self.outcomes)
@@ -67,7 +75,7 @@ class _State:
 
     def write(self) -> None:
         if self.record is not None:
-            state = {key: getattr(self, key) for key in ("facts", "attacks", "outcomes", "done", "seconds")}
+            state = {key: getattr(self, key) for key in ("identity", "outcomes", "done", "seconds")}
             content = {"state": state, "result": self.result().to_json()}
             write_text(self.record, json.dumps({**content, "digest": _content_digest(content)}) + "\n")
 
@@ -91,7 +99,8 @@ class _State:
             clean=Accuracy(n - wrong, n),
             robust=Accuracy(robust, n),
             attacks=tuple(attacks),
-            **self.facts,
+            **self.ball,
+            measured=self.measured,
             seconds=round(sum(self.seconds), 2),
             outcomes=tuple(self.outcomes),
             from_record=self.from_record,

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from clat.attacks import Norm, pgd, restarts
+from clat.attacks import pgd_threat, restarts
 from clat.compute import Precision, placed
 from clat.data.arrays import as_dataset
 from clat.errors import InputError
 from clat.evaluation.accuracy import TOLERATED, Accuracy
 from clat.evaluation.evaluate import Progress, evaluate
-from clat.threat import Threat
+from clat.evaluation.measured import Measured
+from clat.threat import Lp, Threat
 
 Over = Literal["eps", "steps"]
 
@@ -33,15 +34,9 @@ class Curve:
     """What ``sweep`` found, weakest attack first, and all that is needed to find it again."""
 
     over: Over
-    norm: Norm
+    norm: Lp
     points: tuple[Point, ...]
-    data: str
-    split: str
-    limit: int | None
-    seed: int
-    precision: str
-    batch_size: int
-    weights: str
+    measured: Measured
     from_record: tuple[str, ...] = field(default=(), compare=False)  # as ``Result.from_record``, of each attack
 
     @property
@@ -64,8 +59,7 @@ def sweep(
     *,
     eps: float | str = "8/255",
     steps: int = 20,
-    norm: Norm = "linf",
-    limit: int | None = None,
+    norm: Lp = "linf",
     seed: int = 0,
     batch_size: int = 250,
     workers: int = 2,
@@ -82,6 +76,7 @@ def sweep(
         strengths: the eps, of which 0 is clean, or the numbers of steps
         eps: of all points, when sweeping over steps
         steps: of all points, when sweeping over eps
+        seed: of the random start
         workers: processes that decode images which are not kept in memory
         device: where the network is moved for the call, and then back; default where it is
         record: a folder that keeps each point's evaluation, as that of ``evaluate``
@@ -99,8 +94,6 @@ def sweep(
                 model,
                 data,
                 restarts(threat, seed=seed),
-                limit=limit,
-                seed=seed,
                 batch_size=batch_size,
                 workers=workers,
                 device=device,
@@ -113,23 +106,16 @@ def sweep(
     points = [Point(t.radius, t.steps, r.robust) for t, r in zip(attacks, results, strict=True)]
     if over == "eps" and 0 in strengths:
         points.insert(0, Point(0.0, steps, results[0].clean))
-    found = results[0]
     return Curve(
         over=over,
         norm=norm,
         points=tuple(points),
-        data=found.data,
-        split=found.split,
-        limit=limit,
-        seed=seed,
-        precision=precision,
-        batch_size=batch_size,
-        weights=found.weights,
+        measured=results[0].measured,
         from_record=tuple(filter(None, (result.from_record for result in results))),
     )
 
 
-def threats(over: Over, strengths: Sequence[float], *, eps: float | str, steps: int, norm: Norm) -> list[Threat]:
+def threats(over: Over, strengths: Sequence[float], *, eps: float | str, steps: int, norm: Lp) -> list[Threat]:
     """The attacks of a sweep, weakest first; eps 0 needs none.
 
     Raises:
@@ -139,7 +125,7 @@ def threats(over: Over, strengths: Sequence[float], *, eps: float | str, steps: 
     if not wanted or wanted[-1] <= 0:
         raise InputError(f"There is nothing to sweep over in {over} {list(strengths)}; give positive numbers.")
     if over == "eps":
-        return [pgd(value, steps, norm) for value in wanted if value]
+        return [pgd_threat(value, steps, norm) for value in wanted if value]
     if any(value != int(value) for value in wanted):
         raise InputError(f"Numbers of steps are whole; got {list(strengths)}.")
-    return [pgd(eps, int(value), norm) for value in wanted]
+    return [pgd_threat(eps, int(value), norm) for value in wanted]

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from clat.attacks import Attack, pgd, restarts
+from clat.attacks import Attack, pgd_threat, restarts
 from clat.compute import Precision, autocast, placed, seeded
 from clat.data.arrays import as_dataset
 from clat.data.dataset import to_unit
 from clat.errors import InputError
 from clat.evaluation.accuracy import TOLERATED, Accuracy
-from clat.evaluation.evaluate import Progress, attacked, check_count, check_one_ball, drawn
+from clat.evaluation.evaluate import Progress, attacked, check_one_ball
 from clat.evaluation.fits import check_all_fit
-from clat.network import predict, weights_digest
+from clat.evaluation.measured import Measured
+from clat.inputs import check_least
+from clat.network import predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,8 @@ class Transfer:
     settings: tuple[dict[str, Any], ...]  # of the attack on each network
     eps: float
     norm: str
-    data: str
-    split: str
-    limit: int | None
     seeds: tuple[int, ...]  # of the attack on each network
-    precision: str
-    batch_size: int
-    weights: tuple[str, ...]
+    measured: Measured
     seconds: float
 
     @property
@@ -73,8 +70,6 @@ def transfer(
     data: Any,
     attacks: Attack | Sequence[Attack] | None = None,
     *,
-    limit: int | None = None,
-    seed: int = 0,
     batch_size: int = 250,
     workers: int = 2,
     device: torch.device | str | None = None,
@@ -85,8 +80,8 @@ def transfer(
 
     Args:
         models: at least two by name; each takes pixels in [0, 1] and returns class scores (batch, classes)
+        data: a ``Dataset``, or anything that ``as_dataset`` takes; ``Dataset.sample`` draws some of its images
         attacks: one for all networks, by default PGD-20 with a random start at eps 8/255, or one for each
-        limit: attack this many images, drawn at random by ``seed``
         workers: processes that decode images which are not kept in memory
         device: where the networks are moved for the call, and then back; default where the first one is
         progress: is told after each batch
@@ -99,18 +94,25 @@ def transfer(
     data = as_dataset(data)
     if len(models) < 2:
         raise InputError("Name at least two networks; the images attacked on one are measured on the others.")
-    attacks = restarts(pgd("8/255", 20), seed=seed)[0] if attacks is None else attacks
+    attacks = restarts(pgd_threat("8/255", 20))[0] if attacks is None else attacks
     each = [attacks] * len(models) if isinstance(attacks, Attack) else attacks
     if len(each) != len(models):
         raise InputError(f"There are {len(models)} networks and {len(each)} attacks; give one attack a network.")
     check_one_ball(each)
-    check_count("batch_size", batch_size)
-    data = drawn(data, limit, seed)
+    check_least(1, batch_size=batch_size)
     start = time.perf_counter()
     clean = [0] * len(models)
     right = [[0] * len(models) for _ in models]
     with placed(list(models.values()), device) as place:
         check_all_fit(models, data, place)
+        measured = Measured.of(
+            list(models.values()),
+            data,
+            seed=each[0].seed,
+            precision=precision,
+            batch_size=batch_size,
+            device=place,
+        )
         on_device = data.to(place)
         for i, ((name, model), attack) in enumerate(zip(models.items(), each, strict=True)):
             done = 0
@@ -131,12 +133,7 @@ def transfer(
         settings=tuple(dict(attack.settings) for attack in each),
         eps=each[0].threat.radius,
         norm=each[0].threat.norm,
-        data=f"{data.source} sha256:{data.digest()[:16]}",
-        split=data.split,
-        limit=limit,
         seeds=tuple(attack.seed for attack in each),
-        precision=precision,
-        batch_size=batch_size,
-        weights=tuple(weights_digest(model) for model in models.values()),
+        measured=measured,
         seconds=round(time.perf_counter() - start, 2),
     )

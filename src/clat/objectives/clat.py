@@ -13,7 +13,7 @@ from clat.inputs import check_fields
 from clat.layers import trace, trained_layers
 from clat.network import Images, Labels
 from clat.objectives.base import Objective
-from clat.threat import Threat, ascend, label_attack
+from clat.threat import Threat, ascend, attack_output
 
 Distance = Literal["l2", "mean", "relative"]
 
@@ -49,7 +49,7 @@ class Clat(Objective):
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         """The inner maximisation of Eq. 8: the network runs only as far as its deepest selected layer."""
         if self.attack == "label":
-            return label_attack(model, x, y, threat)
+            return attack_output(model, x, y, threat)
         if threat.start == "zero":
             raise InputError(
                 "threat.start is zero, where the feature distance has no gradient; set it to uniform, or clat.attack "

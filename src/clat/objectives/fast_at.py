@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from clat.attacks import pgd, pgd_attack
+from clat.attacks import pgd_threat
 from clat.errors import InputError
 from clat.inputs import check_fields
 from clat.network import Images, Labels, predict
 from clat.objectives.base import check_one_step
 from clat.objectives.pgd_at import PgdAt
-from clat.threat import Threat, label_attack
+from clat.threat import Threat, attack_output
 
 PROBE_STEPS = 5
 
@@ -39,9 +39,9 @@ class FastAt(PgdAt):
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         check_one_step(threat, "fast-at", "1.25 eps")
-        return label_attack(model, x, y, threat)
+        return attack_output(model, x, y, threat)
 
     def probe(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Tensor:
         """Which images, bool (batch,), the network in eval mode still gets right under PGD-5 with steps of eps / 4."""
-        x_adv = pgd_attack(model, x, y, pgd(threat.radius, PROBE_STEPS, threat.norm))
+        x_adv = attack_output(model, x, y, pgd_threat(threat.radius, PROBE_STEPS, threat.norm), keep="best")
         return predict(model, x_adv) == y

@@ -11,7 +11,7 @@ from clat.features import lengths
 from clat.inputs import check_fields
 from clat.network import Images, Labels, logits
 from clat.objectives.base import Objective, check_one_step
-from clat.threat import Threat, label_attack, per_image
+from clat.threat import Threat, attack_output, per_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class GradAlign(Objective):
             raise InputError(
                 "grad-align attacks by FGSM; set threat.start to zero, threat.norm to linf and threat.step to eps."
             )
-        return label_attack(model, x, y, threat)
+        return attack_output(model, x, y, threat)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         eps = (x_adv - x).abs().max().item()

@@ -11,7 +11,7 @@ from clat.errors import InputError
 from clat.inputs import check_fields
 from clat.network import Images, Labels, logits
 from clat.objectives.base import Objective
-from clat.threat import Threat, label_attack
+from clat.threat import Threat, attack_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Mart(Objective):
             raise InputError(f"mart.beta is {self.beta}; the weight of the divergence must be 0 or more.")
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-        return label_attack(model, x, y, threat)
+        return attack_output(model, x, y, threat)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         clean, attacked = logits(model(x)), logits(model(x_adv))

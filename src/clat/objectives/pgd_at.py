@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clat.network import Images, Labels, logits
 from clat.objectives.base import Objective
-from clat.threat import Threat, label_attack
+from clat.threat import Threat, attack_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class PgdAt(Objective):
     name = "pgd-at"
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-        return label_attack(model, x, y, threat)
+        return attack_output(model, x, y, threat)
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(logits(model(x_adv)), y)}

@@ -99,9 +99,9 @@ def read_environment(text: str) -> dict[str, Any]:
 def read_recipe(text: str) -> dict[str, Any]:
     content = _mapping(parse_yaml(text, "it", "recipe"))
     _require(content["precision"] in ("fp32", "bf16"), "precision is neither fp32 nor bf16")
-    content.setdefault("layout", "default")  # of a run before there was a choice
-    _require(content["layout"] in ("default", "channels-last"), "layout is neither default nor channels-last")
-    return renewed(content)
+    content = {"layout": "contiguous", **renewed(content)}  # of a run before there was a choice
+    _require(content["layout"] in ("contiguous", "channels-last"), "layout is neither contiguous nor channels-last")
+    return content
 
 
 def read_result(text: str) -> dict[str, Any]:

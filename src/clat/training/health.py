@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from clat.evaluation.accuracy import CHANCE
 from clat.network import Images
 from clat.training.recipe import Recipe
 
-CHANCE = 1.2  # an accuracy up to this many times that of guessing is chance level
 WEAK = 0.5  # perturbations below this share of eps, on average, mean that the attack does not work
 
 

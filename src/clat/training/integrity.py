@@ -77,17 +77,19 @@ def status_since(model: nn.Module, start: dict[str, str], selections: list[Selec
         selections: the selections made so far
     """
     selected = {name for selection in selections for name in selection.layers}
+    first = {parameter: name for name, parameter in model.named_parameters()}  # a tied one has the name it has first
     found = []
     for name, module in layer_modules(model).items():
-        own = dict(module.named_parameters(prefix=name))
+        own = {first[parameter]: parameter for parameter in module.parameters()}
+        trained = name in selected or any(key.startswith(f"{other}.") for other in selected for key in own)
         moved = [key for key, parameter in own.items() if fingerprint(parameter) != start.get(key)]
         weights = [key for key, parameter in own.items() if parameter.dim() > 1]
         size = sum(parameter.numel() for parameter in own.values())
         still = [key for key in weights if key not in moved]
-        if name in selected and still:
+        if trained and still:
             found.append(LayerStatus(name, "irregular", size, f"selected, but {', '.join(still)} did not move"))
-        elif name not in selected and moved:
+        elif not trained and moved:
             found.append(LayerStatus(name, "irregular", size, f"never selected, but {', '.join(moved)} moved"))
         else:
-            found.append(LayerStatus(name, "trained" if name in selected else "frozen", size))
+            found.append(LayerStatus(name, "trained" if trained else "frozen", size))
     return found

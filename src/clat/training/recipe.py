@@ -60,8 +60,9 @@ class Recipe:
         clip: largest norm of the gradient; none if not given
         precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation; auto is bf16 where the
             device computes in it natively, else fp32
-        layout: of the kernels while the network trains: default (torch's) or channels-last; auto is channels-last on
-            CPUs and CUDA if the network bears it. What auto stands for is in the run's recipe.yaml, which repeats it
+        layout: of the kernels while the network trains: contiguous (as torch makes them) or channels-last; auto is
+            channels-last on CPUs and CUDA if the network bears it. What auto stands for is in the run's recipe.yaml,
+            which repeats it
         compile: compile the network with torch.compile, in attacks, loss and validation; passes that features are
             observed in run uncompiled. The first steps of a run take up to a minute longer
         augment: crop (4 pixels of padding) and flip each training image at random
@@ -94,7 +95,7 @@ class Recipe:
     decay: Literal["all", "no_norm", "kernels"] = "all"
     clip: float | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    layout: Literal["auto", "default", "channels-last"] = "auto"
+    layout: Literal["auto", "contiguous", "channels-last"] = "auto"
     compile: bool = False
     augment: bool = True
     images: int | None = None
@@ -111,8 +112,9 @@ class Recipe:
         if _section(self.objective) == _section(self.tuner):
             raise InputError(f"Objective and tuner are both called {self.tuner.name}; give one of them another name.")
         check_fields(self)
-        check_least(self, 1, "epochs", "batch_size", "images", "holdout")
-        check_least(self, 0, "validation_steps", "weight_decay")
+        check_least(1, epochs=self.epochs, batch_size=self.batch_size, images=self.images, holdout=self.holdout)
+        check_least(0, validation_steps=self.validation_steps)
+        check_least(0.0, weight_decay=self.weight_decay)
         for key in ("lr", "clip"):
             value = getattr(self, key)
             if value is not None and not value > 0:

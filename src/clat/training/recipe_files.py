@@ -52,9 +52,11 @@ def read_recipe(name: str, known: list[str]) -> dict[str, Any]:
     return renewed(content)
 
 
-def renewed(keys: dict[str, Any]) -> dict[str, Any]:
+def renewed(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a recipe.yaml that an earlier clat wrote, as they are called now."""
     found = dict(keys)
+    if found.get("layout") == "default":
+        found["layout"] = "contiguous"
     for block, renamed in RENAMED.items():
         if isinstance(keys.get(block), dict):
             found[block] = {}

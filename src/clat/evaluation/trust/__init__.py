@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from clat.attacks import Norm
 from clat.compute import placed, seeded
 from clat.data.arrays import as_dataset
 from clat.data.dataset import to_unit
 from clat.errors import InputError
 from clat.evaluation.accuracy import Accuracy
-from clat.evaluation.evaluate import check_count, drawn
 from clat.evaluation.fits import check_fits
+from clat.evaluation.measured import Measured
 from clat.evaluation.trust.battery import CHECKS, NEEDED
 from clat.evaluation.trust.check import STATUSES, Check, Finding, Outcome, Skip
 from clat.evaluation.trust.subject import BATCH, Subject
+from clat.inputs import check_least
 from clat.layers import named_layers, trace
-from clat.network import weights_digest
+from clat.threat import Lp
 
 IMAGES = 200
 BUDGET = 10.0  # minutes
@@ -32,8 +32,8 @@ class Verdict:
     """What all checks found together.
 
     text: in words; ok: no check failed, and those that it needs ran (``NEEDED``); clean: accuracy without attack;
-    robust: accuracy in the worst case over all attacks in the ball, None if there was none; eps ... batch_size: what it
-    takes to repeat it; seconds: all of it.
+    robust: accuracy in the worst case over all attacks in the ball, None if there was none; budget: minutes; seconds:
+    all of it.
     """
 
     text: str
@@ -43,13 +43,8 @@ class Verdict:
     robust: Accuracy | None
     eps: float
     norm: str
-    data: str
-    split: str
-    limit: int | None
-    seed: int
     budget: float
-    batch_size: int
-    weights: str
+    measured: Measured
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +56,7 @@ def trust(
     model: nn.Module,
     data: Any,
     eps: float | str = "8/255",
-    norm: Norm = "linf",
+    norm: Lp = "linf",
     *,
     base: nn.Module | None = None,
     layers: Sequence[str] = (),
@@ -97,12 +92,13 @@ def trust(
     """
     data = as_dataset(data)
     began = time.perf_counter()
-    check_count("batch_size", batch_size)
-    data = drawn(data, limit, seed)
+    check_least(1, batch_size=batch_size)
+    data = data.sample(limit, seed)
     networks = [model] if base is None else [model, base]
     with placed(networks, device) as place:
         for network in networks:
             check_fits(network, data, place)
+        measured = Measured.of(networks, data, seed=seed, batch_size=batch_size, device=place)
         pixels, y = next(data.to(place).batches(len(data), workers=0))
         x = to_unit(pixels)
         through = list(named_layers(model, x, layers)) if layers else []
@@ -131,13 +127,8 @@ def trust(
         robust=Accuracy(int((subject.right & ~subject.broken).sum()), subject.n) if attacked else None,
         eps=subject.threat.radius,
         norm=norm,
-        data=f"{data.source} sha256:{data.digest()[:16]}",
-        split=data.split,
-        limit=limit,
-        seed=seed,
         budget=budget,
-        batch_size=batch_size,
-        weights=weights_digest(model),
+        measured=measured,
         seconds=round(time.perf_counter() - began, 2),
     )
 
@@ -160,7 +151,7 @@ def _run(s: Subject, checks: Sequence[Check], end: float, progress: Callable[[Ch
             Finding(
                 check=check.id,
                 measured=measured,
-                threshold=f"{check.threshold} ({check.source})",
+                threshold=f"{check.words} ({check.source})",
                 status=status,
                 evidence=evidence,
                 seconds=round(time.perf_counter() - start, 2),
@@ -179,7 +170,7 @@ def _ask(check: Check, s: Subject, left: float, findings: Sequence[Finding]) -> 
     if needed > left:
         return "skipped", f"needs {needed / 60:.1f} min, {max(left, 0) / 60:.1f} min left", {}
     try:
-        return check.run(s)
+        return check.ask(s)
     except Skip as reason:
         return "skipped", str(reason), {"excused": reason.excused}
     except InputError as error:  # attacked images can make scores that are not finite

@@ -1,7 +1,7 @@
 """What a check is, and what it finds."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import exp, lgamma, log, log1p
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,9 @@ Outcome = tuple[Status, str, dict[str, Any]]  # what was measured in a short sen
 
 LEVEL = 0.05  # of the exact binomial test that tells a count from its tolerance
 FEWEST = 3  # images that a check fails on: one or two may be chance in any sample
+POINTS = 0.2  # percentage points of the images that a count may be off by, after AutoAttack's check_square_sr
+FORWARD = 1 / 3  # what a forward pass costs, of a forward-and-backward pass
+OURS = "no published threshold; ours"
 
 
 class Skip(Exception):
@@ -34,10 +37,11 @@ class Check:
     Args:
         id: a short name
         title: what a sound network does
-        threshold: when it fails or warns, in words
+        threshold: when it fails or warns, in words; the limits stand in it by their names, such as {points:g}
         source: where the threshold comes from
         flaw: what a failure means, a clause that goes after "because"
-        run: asks the question
+        run: asks the question; it is given the subject, and the limits by their names
+        limits: the numbers of the threshold, by name
         passes: forward-and-backward passes it costs an image at most; a forward pass alone is a third of one
         needs: checks that must have run before
         invalid: a failure means that nothing was measured, rather than that robustness is overstated
@@ -48,10 +52,20 @@ class Check:
     threshold: str
     source: str
     flaw: str
-    run: Callable[[Subject], Outcome]
+    run: Callable[..., Outcome]
     passes: float
+    limits: Mapping[str, float] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     invalid: bool = False
+
+    @property
+    def words(self) -> str:
+        """The threshold with its limits."""
+        return self.threshold.format(**self.limits) if self.limits else self.threshold
+
+    def ask(self, subject: Subject) -> Outcome:
+        """Asks the question. Raises Skip if it can say nothing about this network."""
+        return self.run(subject, **self.limits)
 
 
 @dataclass(frozen=True, kw_only=True)

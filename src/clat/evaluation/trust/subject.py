@@ -1,6 +1,5 @@
 """The network under test, the images it is tested on, and the attacks that several checks share."""
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.attacks import Attack, Norm, pgd
+from clat.attacks import Attack, pgd_threat
 from clat.attacks.features import cross_entropy, margin
 from clat.compute import seeded
+from clat.evaluation.cost import seconds_of_images
 from clat.network import Images, Labels, class_scores, held, logits, predict
-from clat.threat import NoGradientError, Threat, ascend, check_gradient, per_image
+from clat.threat import Lp, NoGradientError, Threat, ascend, check_gradient, per_image
 
 BATCH = 100  # images that run together
 STEPS = 20  # of the attack that others are compared with
@@ -59,7 +59,7 @@ class Subject:
         y: Labels,
         statistics: tuple[Sequence[float], Sequence[float]],
         eps: float | str,
-        norm: Norm,
+        norm: Lp,
         *,
         base: nn.Module | None = None,
         layers: Sequence[str] = (),
@@ -68,7 +68,7 @@ class Subject:
     ):
         self.layers, self.batch_size = layers, batch_size
         self.model, self.x, self.y, self.statistics, self.base, self.seed = model, x, y, statistics, base, seed
-        self.threat = pgd(eps, STEPS, norm)
+        self.threat = pgd_threat(eps, STEPS, norm)
         self.right = self.predict(x) == y
         self.white_box = torch.zeros_like(self.right)  # broken by an attack with gradients, in the ball
         self.broken = torch.zeros_like(self.right)  # broken by any attack, in the ball
@@ -117,36 +117,29 @@ class Subject:
     def gradients(self) -> dict[str, Tensor] | str:
         """The gradient of each loss at the images, or in words why there is none."""
         try:
-            return {name: self.gradient(loss)[0] for name, loss in LOSSES.items()}
+            return {name: self._gradient(loss) for name, loss in LOSSES.items()}
         except (RuntimeError, NoGradientError) as error:  # raised by autograd and by what has no derivative
             return " ".join(str(error).split())[:200]
 
-    def gradient(self, loss: Loss) -> tuple[Tensor, float]:
-        """The gradient of a loss at the images, and the seconds that an image took."""
+    def _gradient(self, loss: Loss) -> Tensor:
+        """The gradient of a loss at the images."""
         parts: list[Tensor] = []
-        start = time.perf_counter()
         with held(self.model), torch.enable_grad():
             for images, labels in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
                 images = images.clone().requires_grad_()
                 value = loss(logits(self.model(images)), labels).sum()
                 check_gradient(value)
                 parts += torch.autograd.grad(value, images)
-        whole = torch.cat(parts)
-        torch.isfinite(whole).all().item()  # waits for the device
-        return whole, (time.perf_counter() - start) / self.n
+        return torch.cat(parts)
 
     @cached_property
     def pass_seconds(self) -> float:
         """Seconds of a forward and backward pass for an image here; a forward pass alone counts as a third of one."""
-        if not isinstance(self.gradients, str):
-            return self.gradient(cross_entropy)[1]
-        start = time.perf_counter()
-        self.score(self.x).sum().item()
-        return 3 * (time.perf_counter() - start) / self.n
+        return seconds_of_images(self.model, self.x[: self.batch_size], self.y[: self.batch_size])
 
     def pgd(self, radius: float | None = None, steps: int = STEPS) -> Attacked:
         """PGD on the cross-entropy of all images, run once for each radius (default eps) and number of steps."""
-        threat = pgd(self.threat.radius if radius is None else radius, steps, self.threat.norm)
+        threat = pgd_threat(self.threat.radius if radius is None else radius, steps, self.threat.norm)
         if threat not in self._pgd:
             with seeded(self.seed, self.x.device):
                 batches = zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)
