@@ -16,6 +16,7 @@ from clat.data.decoding import SAMPLE, DecodedLater, UnreadableError, decoded, f
 from clat.data.labels import Classes, default, numbered, shortened
 from clat.data.sources import EMBEDDED, Holds, find_columns, read_splits, set_aside
 from clat.errors import InputError
+from clat.inputs import shown
 from clat.network import Images, Labels
 from clat.text import plain
 
@@ -81,6 +82,25 @@ class Dataset:
             object.__setattr__(new, name, value)
         return new
 
+    def first(self, count: int) -> "Dataset":
+        """The first ``count`` images, or all if there are no more."""
+        return self.subset(torch.arange(min(count, len(self))))
+
+    def sample(self, limit: int | None, seed: int = 0) -> "Dataset":
+        """``limit`` images drawn at random by ``seed``, in their order; all if that is None or there are no more.
+
+        Raises:
+            InputError: limit is not a whole number of 1 or more
+        """
+        if limit is None:
+            return self
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InputError(f"limit is {shown(limit)}; give a whole number of images, 1 or more.")
+        if limit >= len(self):
+            return self
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.subset(order[:limit].sort().values)
+
     def hold_out(self, count: int, seed: int = 0) -> tuple["Dataset", "Dataset"]:
         """The set without ``count`` images drawn at random, and these images."""
         if not 0 < count <= len(self) // 2:
@@ -112,7 +132,7 @@ class Dataset:
 
     def statistics(self, most: int = 10_000) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over the first ``most`` images, pixels in [0, 1]."""
-        pixels = torch.cat([to_unit(x).cpu() for x, _ in self.subset(torch.arange(min(most, len(self)))).batches(1000)])
+        pixels = torch.cat([to_unit(x).cpu() for x, _ in self.first(most).batches(1000)])
         std, mean = torch.std_mean(pixels.double(), dim=(0, 2, 3))
         return [round(v, 4) for v in mean.tolist()], [max(round(v, 4), 1e-4) for v in std.tolist()]
 
