@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 import clat
-from clat.data import dataset as data_module
-from clat.data.dataset import EMBEDDED, Dataset, augment, load_data, to_unit
+from clat.data import loading
+from clat.data.dataset import Dataset, augment, to_unit
+from clat.data.loading import load_data
+from clat.data.sources import EMBEDDED
 from clat.errors import InputError
 
 LABEL = datasets.Value("int64")
@@ -141,7 +143,7 @@ def test_test_is_read_from_validation_where_there_is_no_test(tmp_path):
 
 def test_large_sets_stream_through_workers_with_the_same_result(folder, monkeypatch):
     resident = load_data(str(folder))
-    monkeypatch.setattr(data_module, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(loading, "RESIDENT_BYTES", 0)
     streamed = load_data(str(folder))
     assert not streamed.resident
     order = torch.tensor([5, 0, 3, 2])

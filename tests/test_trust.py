@@ -15,7 +15,8 @@ from clat.attacks import apgd_ce
 from clat.checkpoint import save_checkpoint
 from clat.cli.main import main
 from clat.compute import native_precision
-from clat.data.dataset import Dataset, load_data, to_unit
+from clat.data.dataset import Dataset, to_unit
+from clat.data.loading import load_data
 from clat.evaluation.trust.battery import CHECKS, NEEDED
 from clat.evaluation.trust.check import Check, grade
 from clat.evaluation.trust.checks import beaten_by

@@ -5,7 +5,8 @@
 from clat.checkpoint import export_weights, load_checkpoint, save_checkpoint
 from clat.criticality import LayerScore, criticality, top
 from clat.data.arrays import as_dataset
-from clat.data.dataset import Dataset, load_data
+from clat.data.dataset import Dataset
+from clat.data.loading import load_data
 from clat.errors import InputError
 from clat.evaluation.accuracy import Accuracy, Result
 from clat.evaluation.evaluate import evaluate

@@ -14,7 +14,8 @@ from clat.attacks import pgd
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import layer_table, percent, ranking
 from clat.criticality import criticality, ranked
-from clat.data.dataset import Dataset, load_data, to_unit
+from clat.data.dataset import Dataset, to_unit
+from clat.data.loading import load_data
 from clat.evaluation.accuracy import Result
 from clat.evaluation.evaluate import evaluate
 from clat.files import write_text

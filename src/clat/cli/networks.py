@@ -22,7 +22,8 @@ from clat.cli.shared import (
 )
 from clat.cli.tables import attack_name, layer_table, ranking
 from clat.criticality import Norm, criticality
-from clat.data.dataset import EMBEDDED, to_unit
+from clat.data.dataset import to_unit
+from clat.data.sources import EMBEDDED
 from clat.errors import InputError
 from clat.evaluation.fits import check_fits
 from clat.features import At
