@@ -41,7 +41,7 @@ from steps import (
 from torch import nn
 
 from clat.compute import Precision, best_device, native_precision
-from clat.criticality import criticality
+from clat.criticality import layer_criticality
 from clat.data.dataset import to_unit
 from clat.files import write_text
 from clat.threat import Threat, attack_output
@@ -165,7 +165,7 @@ def criticality_cost(device: str, batch: int, repeats: int, **options: Any) -> d
     x = to_unit(pixels)
     step = ours(PGD_AT, network("dn121", device, **options), pixels[:batch], y[:batch])
     contestants: dict[str, Step] = {
-        "criticality": lambda: criticality(model, x, attack_output(model, x, y, Threat())),
+        "criticality": lambda: layer_criticality(model, x, attack_output(model, x, y, Threat())),
         "pgd-at": step,
     }
     rounds = timed(contestants, repeats)
@@ -227,8 +227,9 @@ def memory_of(what: str, size: int, precision: Precision, device: str, **options
     if what in ("criticality", "forward"):
         model = plain_stack(size).to(device).eval()
         x = to_unit(images(64, device)[0])
-        run: Step = (lambda: criticality(model, x, x + 0.0)) if what == "criticality" else lambda: passed(model, x)
-        return used(run, device)
+        if what == "criticality":
+            return used(lambda: layer_criticality(model, x, x + 0.0), device)
+        return used(lambda: passed(model, x), device)
     return used(short_step(what, size, precision, device, **options), device)
 
 

@@ -57,7 +57,7 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def layers(model: nn.Module, x: Images) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, x: Images) -> dict[str, nn.Module]:
     """The layers that run on images x, dotted name -> module, in the order of their first execution.
 
     Raises:
@@ -73,7 +73,7 @@ def named_layers(model: nn.Module, x: Images, names: Sequence[str]) -> dict[str,
     Raises:
         InputError: a layer that the network has not
     """
-    known = layers(model, x[:1])
+    known = find_layers(model, x[:1])
     full = {name: name if name in known else f"{WRAPPER}{name}" for name in names}
     for name in names:
         if full[name] not in known:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from clat.attacks import Attack, apgd_ce, apgd_targeted, pgd_attack, restarts, square, square_takes, through_layers
 from clat.compute import autocast, native_precision
-from clat.criticality import criticality, top
+from clat.criticality import layer_criticality, top
 from clat.evaluation.accuracy import Accuracy
 from clat.evaluation.trust.check import Outcome, Skip, Status, grade, improbable
 from clat.evaluation.trust.subject import FORWARDS, STEPS, Subject, cross_entropy
@@ -326,7 +326,7 @@ def transfer(s: Subject) -> Attack:
 
 def adaptive(s: Subject) -> Attack:
     """Through the layers that were named, or else the 5 % that are most critical under the attack."""
-    layers = s.layers or top(criticality(s.model, s.x[: s.batch_size], s.pgd().images[: s.batch_size]), 0.05)
+    layers = s.layers or top(layer_criticality(s.model, s.x[: s.batch_size], s.pgd().images[: s.batch_size]), 0.05)
     return through_layers(layers, s.threat.radius, s.threat.norm, steps=STEPS, seed=s.seed)
 
 
