@@ -15,8 +15,8 @@ LONGEST_MODULE, LONGEST_FUNCTION = 350, 60  # lines
 ROWS = (
     ("errors",),
     ("text",),
-    ("files", "inputs", "network", "batchnorm"),
-    ("compute", "data", "layers", "structure", "threat"),
+    ("activations", "batchnorm", "files", "inputs", "network"),
+    ("compute", "data", "facts", "layers", "structure", "threat"),
     ("features", "models"),
     ("attacks", "checkpoint", "criticality"),
     ("objectives", "tuners"),
