@@ -75,7 +75,7 @@ def record(
     at: At = "output",
     stop_after: int | None = None,
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """Class scores and the modules' features, call number -> feature; cloned, as a later module may change them in place.
+    """Class scores and the modules' features by call number; cloned, since a later module may change them in place.
 
     With ``stop_after``, the number of calls to observe, the network is left after the last of them and gives no scores.
     """

@@ -68,7 +68,7 @@ class Dataset:
         return self._with(pixels=chosen, labels=self.labels[indices.to(self.labels.device)])
 
     def _with(self, **changes: Any) -> "Dataset":
-        """The same with parts of it, which need no check again."""
+        """The same data with some fields replaced; they are not checked again."""
         new = copy(self)
         for name, value in changes.items():
             object.__setattr__(new, name, value)
@@ -138,10 +138,10 @@ class Dataset:
         return content.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint keeps of its training images, so that they are known again: a digest and a sketch.
+        """What a checkpoint keeps of its training images, so that they can be recognised: a digest and a sketch.
 
-        The sketch is the smallest 256 of the images' hashes, which for any other set gives an estimate of how many
-        images are in both. It is empty for images that are decoded later.
+        The sketch is the smallest 256 of the images' hashes. From it ``share_seen`` estimates how many images of
+        another set are among them. It is empty for images that are decoded later.
         """
         return {
             "source": self.source,
@@ -225,7 +225,7 @@ def _check(pixels: Any, labels: Any, classes: Sequence[str]) -> None:
 
 
 def trained_on(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's facts say of its training images, ``identity`` and ``classes``, as far as it makes sense."""
+    """What a checkpoint's facts say of its training images (``identity`` and ``classes``), if of the right types."""
     stored = facts.get("data")
     kinds = {"source": str, "split": str, "images": int, "sha256": str, "sketch": list, "classes": list}
     found: dict[str, Any] = {}

@@ -86,7 +86,7 @@ def _executed(file: Path) -> ModuleType:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Lets the user's code import what lies beside it, and nothing thereafter."""
+    """Lets the user's code import the files beside it; afterwards ``sys.path`` is as it was."""
     entry = str(folder.resolve())
     sys.path.insert(0, entry)
     try:
