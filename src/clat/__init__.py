@@ -83,13 +83,14 @@ MODULES = {
     "trust": "evaluation.trust",
 }
 
+if not TYPE_CHECKING:  # type checkers are to find names that are misspelt
 
-def __getattr__(name: str) -> Any:
-    if name in ("objectives", "tuners"):
-        return import_module(f"clat.{name}")
-    if name not in MODULES:
-        raise AttributeError(f"module 'clat' has no attribute {name!r}")
-    return getattr(import_module(f"clat.{MODULES[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        if name in ("objectives", "tuners"):
+            return import_module(f"clat.{name}")
+        if name not in MODULES:
+            raise AttributeError(f"module 'clat' has no attribute {name!r}")
+        return getattr(import_module(f"clat.{MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
