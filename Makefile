@@ -19,6 +19,7 @@ lint: .venv
 	$(BIN)/ruff check src tests tools bench
 	$(BIN)/ruff format --check src tests tools bench
 	$(BIN)/mypy
+	$(BIN)/python tools/house.py
 
 format: .venv
 	$(BIN)/ruff check --fix src tests tools bench

@@ -42,7 +42,7 @@ from steps import (
 from torch import nn
 
 from clat.compute import Precision, best_device, native_precision
-from clat.criticality import criticality
+from clat.criticality import layer_criticality
 from clat.data.dataset import to_unit
 from clat.files import write_text
 from clat.threat import Threat, attack_output
@@ -166,7 +166,7 @@ def criticality_cost(device: str, batch: int, repeats: int, **options: Any) -> d
     x = to_unit(pixels)
     step = ours(PGD_AT, network("dn121", device, **options), pixels[:batch], y[:batch])
     contestants: dict[str, Step] = {
-        "criticality": lambda: criticality(model, x, attack_output(model, x, y, Threat())),
+        "criticality": lambda: layer_criticality(model, x, attack_output(model, x, y, Threat())),
         "pgd-at": step,
     }
     rounds = timed(contestants, repeats)
@@ -228,8 +228,9 @@ def memory_of(what: str, size: int, precision: Precision, device: str, **options
     if what in ("criticality", "forward"):
         model = plain_stack(size).to(device).eval()
         x = to_unit(images(64, device)[0])
-        run: Step = (lambda: criticality(model, x, x + 0.0)) if what == "criticality" else lambda: passed(model, x)
-        return used(run, device)
+        if what == "criticality":
+            return used(lambda: layer_criticality(model, x, x + 0.0), device)
+        return used(lambda: passed(model, x), device)
     return used(short_step(what, size, precision, device, **options), device)
 
 
@@ -248,7 +249,7 @@ def passed(model: nn.Module, x: torch.Tensor) -> None:
 
 def in_own_process(what: str, size: int, precision: Precision = "fp32") -> int:
     command = [sys.executable, __file__, "memory", what, str(size), precision]
-    # What is freed goes back to the system at once; else the peak is that of glibc's heap, gaps between tensors included.
+    # Freed memory goes back to the system at once; else the gaps in the C library's heap would count too.
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
     return int(printed.split()[-1])

@@ -1,5 +1,6 @@
 """The command line's own doors: names, files of recipes, typos before torch, interruption and --debug."""
 
+import ast
 import importlib
 import json
 import os
@@ -208,14 +209,18 @@ def test_a_bug_stays_a_traceback(monkeypatch):
         main(["status", "x"])
 
 
-def test_public_names_stay_functions_whatever_was_imported_before():
+def test_public_names_are_the_same_whatever_was_imported_before():
     code, printed, errors = run(
         python="""
-import clat.evaluation.evaluate, clat.training.loop, clat.layers, clat.criticality, clat.evaluation.trust
-from clat import train, trust
-assert callable(train) and callable(trust) and callable(clat.evaluate) and callable(clat.layers)
-assert clat.train is train and clat.data.__name__ == "clat.data"
+import clat
 assert set(clat.__all__) <= set(dir(clat))
+import clat.evaluation.evaluate, clat.training.loop, clat.layers, clat.criticality, clat.evaluation.trust
+from clat import find_layers, train
+from clat.objectives import Trades
+assert clat.train is train is clat.training.loop.train and clat.find_layers is find_layers
+assert clat.objectives.Trades is Trades
+assert clat.layers.__name__ == "clat.layers" and clat.criticality.__name__ == "clat.criticality"
+print(*(name for name in clat.__all__ if getattr(clat, name) is None))
 try:
     clat.nothing
 except AttributeError as error:
@@ -224,7 +229,17 @@ except AttributeError as error:
     )
     assert code == 0, errors
     assert "no attribute 'nothing'" in printed
-    assert len(set(clat.__all__)) == len(clat.__all__)
+
+
+def test_type_checkers_see_the_public_names_where_they_are_defined():
+    assert clat.__all__ == sorted(set(clat.__all__))
+    assert set(clat.__all__) == {*clat.MODULES, "objectives", "tuners"}
+    tree = ast.parse((ROOT / "src/clat/__init__.py").read_text())
+    typed = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.name: node.module for node in typed.body for alias in node.names}
+    expected = {name: f"clat.{module}" for name, module in clat.MODULES.items()}
+    assert seen == {**expected, "objectives": "clat", "tuners": "clat"}
+    assert (ROOT / "src/clat/py.typed").is_file()
 
 
 def test_the_table_is_json_that_a_wheel_can_carry():

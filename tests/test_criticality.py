@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, _scores, criticality, layer_count, ranked, top
+from clat.criticality import LayerScore, _scores, layer_count, layer_criticality, ranked, top
 from clat.errors import InputError
-from clat.layers import Call, layers
+from clat.layers import Call, find_layers
 from clat.threat import Threat, attack_output
 
 EPS = 0.1
@@ -31,7 +31,7 @@ def test_criticality_equals_brute_force_over_the_corners_of_the_ball():
     model = linear_network()
     x, y = torch.full((3, 1, 2, 3), 0.5), torch.zeros(3, dtype=torch.long)
     x_adv = attack_output(model, x, y, Threat(eps=EPS, step=EPS, steps=5))
-    scores = criticality(model, x, x_adv)
+    scores = layer_criticality(model, x, x_adv)
     corners = EPS * torch.tensor(list(itertools.product([-1.0, 1.0], repeat=6)))  # all 64
     prefix, before = torch.eye(6), None
     for score, layer in zip(scores, (model[1], model[2], model[3]), strict=True):
@@ -51,12 +51,12 @@ def test_criticality_equals_a_computation_from_stored_features(plain, images, no
     stored = {}
     handles = [
         module.register_forward_hook(lambda *seen, name=name: stored.setdefault(name, []).append(seen[2]))
-        for name, module in layers(plain, x).items()
+        for name, module in find_layers(plain, x).items()
     ]
     plain(x), plain(x_adv)
     for handle in handles:
         handle.remove()
-    for score in criticality(plain, x, x_adv, norm=norm):
+    for score in layer_criticality(plain, x, x_adv, norm=norm):
         clean, attacked = stored[score.name]
         size = clean[0].numel()
         distance = (attacked - clean).flatten(1).pow(2).sum(1).sqrt().mean().item()
@@ -67,7 +67,7 @@ def test_criticality_equals_a_computation_from_stored_features(plain, images, no
 @pytest.mark.parametrize("at", ["output", "activation"])
 def test_the_product_of_criticalities_is_the_weakness(tiny, norm, at):
     x, y = torch.rand(8, 1, 16, 16), torch.arange(8) % 3
-    scores = criticality(tiny, x, attack_output(tiny, x, y, Threat(steps=2)), norm=norm, at=at)
+    scores = layer_criticality(tiny, x, attack_output(tiny, x, y, Threat(steps=2)), norm=norm, at=at)
     product = 1.0
     for score in scores:
         if score.index is not None:
@@ -79,7 +79,7 @@ def test_layers_used_twice_and_indices_stay_apart():
     conv = nn.Conv2d(1, 1, 3, padding=1)
     model = nn.Sequential(conv, nn.ReLU(), conv, nn.Flatten(), nn.Linear(16, 3))
     x = torch.rand(4, 1, 4, 4)
-    scores = criticality(model, x, (x + 0.05).clamp(0, 1))
+    scores = layer_criticality(model, x, (x + 0.05).clamp(0, 1))
     assert [(score.name, score.index) for score in scores] == [("0", 1), ("0", 2), ("4", 3)]
     assert top(scores, 1) == ["0"]
 
@@ -91,7 +91,7 @@ def test_an_in_place_activation_does_not_change_the_feature():
 
     x = torch.rand(4, 1, 4, 4)
     x_adv = (x + 0.1).clamp(0, 1)
-    assert criticality(network(True), x, x_adv) == criticality(network(False), x, x_adv)
+    assert layer_criticality(network(True), x, x_adv) == layer_criticality(network(False), x, x_adv)
 
 
 def test_memory_does_not_grow_with_the_number_of_layers():
@@ -107,7 +107,7 @@ def test_memory_does_not_grow_with_the_number_of_layers():
         for module in model:
             module.register_forward_hook(count)
         x = torch.rand(2, 4, 8, 8)
-        criticality(model, x, x)
+        layer_criticality(model, x, x)
         return most
 
     assert alive(40) == alive(5)
@@ -123,7 +123,7 @@ def test_tiny_denominators_are_guarded():
 def test_features_that_are_not_finite_name_the_layer(plain, images):
     plain.second.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="second"):
-        criticality(plain, images[0], images[0])
+        layer_criticality(plain, images[0], images[0])
 
 
 def _score(name, c, index=1):
@@ -150,4 +150,4 @@ def test_impossible_k_is_refused(k):
 
 def test_shapes_must_agree(plain, images):
     with pytest.raises(InputError, match="shape"):
-        criticality(plain, images[0], images[0][:2])
+        layer_criticality(plain, images[0], images[0][:2])

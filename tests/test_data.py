@@ -1,6 +1,7 @@
 """Images from every kind of source, and every kind of source that is refused."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 
 import clat
-from clat.data import dataset as data_module
-from clat.data.dataset import EMBEDDED, Dataset, augment, load_data, to_unit
+from clat.data import loading
+from clat.data.dataset import Dataset, augment, to_unit
+from clat.data.loading import load_data
+from clat.data.sources import EMBEDDED
 from clat.errors import InputError
 
 LABEL = datasets.Value("int64")
@@ -140,7 +143,7 @@ def test_test_is_read_from_validation_where_there_is_no_test(tmp_path):
 
 def test_large_sets_stream_through_workers_with_the_same_result(folder, monkeypatch):
     resident = load_data(str(folder))
-    monkeypatch.setattr(data_module, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(loading, "RESIDENT_BYTES", 0)
     streamed = load_data(str(folder))
     assert not streamed.resident
     order = torch.tensor([5, 0, 3, 2])
@@ -153,6 +156,30 @@ def test_large_sets_stream_through_workers_with_the_same_result(folder, monkeypa
     kept2, held2 = resident.hold_out(2)
     assert torch.equal(next(held.batches(9, workers=0))[0], held2.pixels)
     assert torch.equal(kept.labels, kept2.labels)
+
+
+def test_the_first_images_are_those_that_stand_first(blobs):
+    few = blobs.first(3)
+    assert torch.equal(few.pixels, blobs.pixels[:3])
+    assert torch.equal(few.labels, blobs.labels[:3])
+    assert len(blobs.first(10**9)) == len(blobs)
+
+
+def test_a_sample_is_seeded_in_order_and_never_larger_than_the_set(blobs):
+    numbered = replace(blobs, labels=torch.arange(len(blobs)), classes=tuple(map(str, range(len(blobs)))))
+    drawn = numbered.sample(20, 1).labels.tolist()
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == 20
+    assert drawn == numbered.sample(20, 1).labels.tolist() != numbered.sample(20, 2).labels.tolist()
+    assert drawn == torch.randperm(len(blobs), generator=torch.Generator().manual_seed(1))[:20].sort().values.tolist()
+    assert numbered.sample(None) is numbered
+    assert numbered.sample(len(blobs)) is numbered
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 2.0, "2"])
+def test_a_sample_of_nothing_is_refused(blobs, limit):
+    with pytest.raises(InputError, match="1 or more"):
+        blobs.sample(limit)
 
 
 def test_the_held_out_part_is_seeded_and_disjoint(blobs):

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 from clat.cli import shared
 from clat.cli.main import main
 from clat.cli.shared import data_named, fitting
-from clat.data import dataset as data_module
+from clat.data import loading
 from clat.data.arrays import as_dataset
-from clat.data.dataset import Dataset, load_data
+from clat.data.dataset import Dataset
+from clat.data.loading import load_data
 from clat.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -120,7 +121,7 @@ def test_a_hub_set_with_one_split_is_divided_and_this_is_said(tmp_path, monkeypa
 def test_a_grey_first_image_does_not_make_the_set_grey(tmp_path, monkeypatch, resident):
     file = parquet(tmp_path / "a.parquet", [png(7), png(9), png(mode="RGB")], [0, 1, 1])
     if not resident:
-        monkeypatch.setattr(data_module, "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(loading, "RESIDENT_BYTES", 0)
     data = load_data(file, workers=0)
     x = torch.cat([pixels for pixels, _ in data.batches(2)])
     assert data.shape == (3, 4, 4)
@@ -133,8 +134,8 @@ def test_a_grey_first_image_does_not_make_the_set_grey(tmp_path, monkeypatch, re
 
 def test_a_colour_image_that_was_not_looked_at_stops_a_set_read_as_grey(tmp_path, monkeypatch):
     file = parquet(tmp_path / "a.parquet", [png() for _ in range(9)] + [png(mode="RGB")], [0, 1] * 5)
-    monkeypatch.setattr(data_module, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(data_module, "SAMPLE", 1)
+    monkeypatch.setattr(loading, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(loading, "SAMPLE", 1)
     for workers in (0, 1):
         with pytest.raises(
             InputError, match=r"^An image, at place 9, cannot be read: it is in colour.*channels=1 or 3"
@@ -239,7 +240,7 @@ def test_an_unreadable_file_in_a_folder_is_named_also_when_decoded_later(tmp_pat
     (tmp_path / "photos/train/cat/3.png").write_bytes(png()[:45])
     with pytest.raises(InputError, match=r"cat/3\.png"):
         load_data(str(tmp_path / "photos"))
-    monkeypatch.setattr(data_module, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(loading, "RESIDENT_BYTES", 0)
     data = load_data(str(tmp_path / "photos"), workers=1)
     with pytest.raises(InputError, match=r"^An image, at place 3, cannot be read"):
         list(data.batches(5))

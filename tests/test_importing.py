@@ -12,10 +12,12 @@ from torch import nn
 
 from clat.checkpoint import load_checkpoint
 from clat.cli.main import main
-from clat.data.dataset import load_data, to_unit
+from clat.data.dataset import to_unit
+from clat.data.loading import load_data
 from clat.errors import InputError
 from clat.models import build_model
-from clat.models.importing import SCHEMES, import_weights
+from clat.models.importing import import_weights
+from clat.models.schemes import SCHEMES
 
 TINY = {
     "rn18": {"width": 4},

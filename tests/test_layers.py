@@ -6,7 +6,7 @@ from torch import nn
 
 from clat.errors import InputError
 from clat.features import observe
-from clat.layers import layers, trace, trained_layers
+from clat.layers import find_layers, trace, trained_layers
 from clat.models import build_model
 from clat.network import logits, same_bits, snapshot
 
@@ -53,7 +53,7 @@ def test_resnet18_is_numbered_as_in_the_paper():
 
 
 def test_layers_come_in_execution_order():
-    assert list(layers(Twice(), torch.rand(2, 1, 4, 4))) == ["conv", "head"]
+    assert list(find_layers(Twice(), torch.rand(2, 1, 4, 4))) == ["conv", "head"]
 
 
 def test_a_module_used_twice_is_called_twice():
@@ -73,7 +73,7 @@ def test_the_normalisation_after_a_layer_is_found(plain):
 def test_transformer_layers_are_found_although_torch_would_fuse_them():
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(nn.Flatten(1, 2), block, nn.Flatten(), nn.Linear(64, 3)).eval()
-    assert list(layers(model, torch.rand(2, 1, 8, 8))) == ["1.self_attn", "1.linear1", "1.linear2", "3"]
+    assert list(find_layers(model, torch.rand(2, 1, 8, 8))) == ["1.self_attn", "1.linear1", "1.linear2", "3"]
 
 
 def test_tracing_leaves_the_network_untouched(plain):
@@ -95,11 +95,11 @@ def test_features_come_one_row_an_image(batch_first):
     model = Pair(batch_first)
     x = torch.rand(5, 1, 8, 8)
     seen = {}
-    scores = observe(model, x, layers(model, x), lambda number, feature: seen.update({number: feature}))
+    scores = observe(model, x, find_layers(model, x), lambda number, feature: seen.update({number: feature}))
     assert scores.shape == (5, 3)
     assert [feature.shape[0] for feature in seen.values()] == [5, 5, 5]
     alone = {}
-    observe(model, x[3:4], layers(model, x), lambda number, feature: alone.update({number: feature}))
+    observe(model, x[3:4], find_layers(model, x), lambda number, feature: alone.update({number: feature}))
     for number, feature in seen.items():
         torch.testing.assert_close(feature[3:4].flatten(1), alone[number].flatten(1))
 
@@ -108,7 +108,7 @@ def test_activations_are_followed_through_functions_and_modules(plain):
     x = torch.rand(4, 1, 8, 8)
     plain.eval()
     seen = {}
-    observe(plain, x, layers(plain, x), lambda i, feature: seen.update({i: feature}), at="activation")
+    observe(plain, x, find_layers(plain, x), lambda i, feature: seen.update({i: feature}), at="activation")
     first = torch.relu(plain.first_norm(plain.first(x)))
     torch.testing.assert_close(seen[0], first)
     torch.testing.assert_close(seen[1], torch.relu(plain.second_norm(plain.second(first))))

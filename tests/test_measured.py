@@ -9,7 +9,7 @@ import torch
 from clat.attacks import pgd_threat, restarts
 from clat.cli.attacking import assumed
 from clat.cli.main import main
-from clat.data.dataset import load_data
+from clat.data.loading import load_data
 from clat.evaluation.evaluate import evaluate
 from clat.evaluation.measured import Identity, Measured
 from clat.evaluation.sweep import sweep

@@ -16,8 +16,9 @@ from clat.cli.main import main
 from clat.cli.shared import checkpoint_named, network_named
 from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.models import IMAGENET, build_model, normalisation_of
+from clat.models import build_model, normalisation_of
 from clat.models.importing import import_weights
+from clat.models.normalisation import IMAGENET
 from clat.training.loop import train
 from clat.training.recipe import Recipe
 

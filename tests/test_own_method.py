@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clat import Clat, InputError, Objective, Recipe, Run, Selection, Threat, Trades, Tuner, Whole, train
+from clat import InputError, Recipe, Threat, attack_output, train
 from clat.checkpoint import load_tensors
 from clat.cli.arguments import parse
 from clat.cli.commands import COMMANDS
 from clat.network import logits
-from clat.objectives import OBJECTIVES
-from clat.threat import label_attack
-from clat.tuners import TUNERS
+from clat.objectives import OBJECTIVES, Clat, Objective, Trades
+from clat.training.runs import Run
+from clat.tuners import TUNERS, Selection, Tuner, Whole
 from clat.tuners.selection import parameters_of
 from conftest import Plain, dies_before, same_tensors
 
@@ -25,7 +25,7 @@ class Smoothed(Objective):
     smoothing: float = 0.1
 
     def perturb(self, model, x, y, threat):
-        return label_attack(model, x, y, threat)
+        return attack_output(model, x, y, threat)
 
     def loss(self, model, x, x_adv, y):
         return {"smoothed": F.cross_entropy(logits(model(x_adv)), y, label_smoothing=self.smoothing)}

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat import InputError, Verdict, trust
+from clat import InputError, trust
 from clat.attacks import apgd_ce
 from clat.checkpoint import save_checkpoint
 from clat.cli.main import main
 from clat.compute import native_precision
-from clat.data.dataset import Dataset, load_data, to_unit
+from clat.data.dataset import Dataset, to_unit
+from clat.data.loading import load_data
+from clat.evaluation.trust import Verdict
 from clat.evaluation.trust.attack_checks import beaten_by
 from clat.evaluation.trust.battery import CHECKS, NEEDED
 from clat.evaluation.trust.check import Check, grade
-from clat.layers import layers
+from clat.layers import find_layers
 from clat.models import MODELS, build_model
 from clat.models.spec import OPTIONS
 from clat.network import same_bits, snapshot
@@ -448,7 +450,7 @@ def test_the_documents_table_is_that_of_the_battery():
 
 
 def test_the_adaptive_attack_goes_through_the_layers_that_are_named(pgd_at, test_images):
-    known = list(layers(pgd_at, test_images.pixels[:1] / 255))
+    known = list(find_layers(pgd_at, test_images.pixels[:1] / 255))
     checks = [check for check in CHECKS if check.id in ("gradients", "attack", "loss-gap", "adaptive")]
     for wanted in ((), known[2:4]):
         verdict = trust(pgd_at, test_images, 0.1, layers=wanted, limit=40, checks=checks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clat.criticality import criticality, top
+from clat.criticality import layer_criticality, top
 from clat.errors import InputError
 from clat.network import same_bits, snapshot
 from clat.threat import Threat, attack_output
@@ -46,7 +46,7 @@ def test_selection_is_due_as_in_line_3(every, epochs):
 def test_the_most_critical_layers_are_selected(tiny):
     x, y = torch.rand(8, 1, 16, 16), torch.arange(8) % 3
     torch.manual_seed(5)
-    expected = top(criticality(tiny, x, attack_output(tiny, x, y, THREAT)), 3)
+    expected = top(layer_criticality(tiny, x, attack_output(tiny, x, y, THREAT)), 3)
     torch.manual_seed(5)
     selection = Critical(k=3).select(tiny, x, y, THREAT)
     assert list(selection.layers) == expected

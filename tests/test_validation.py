@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from clat import CLAT, InputError, Recipe, Threat, attack_output, criticality, layers, top
+from clat import CLAT, InputError, Recipe, Threat, attack_output, find_layers, layer_criticality, top
 from clat.cli.arguments import _entries, parse
 from clat.cli.commands import COMMANDS
 from clat.inputs import annotations, block_of
@@ -199,21 +199,21 @@ def test_what_is_no_number_is_refused_at_once(value):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda m, x, y: criticality(m, x, x, norm="RMS"),
-        lambda m, x, y: criticality(m, x, x, at="outputs"),
-        lambda m, x, y: criticality(m, x, x + 1),
-        lambda m, x, y: criticality(m, x, x * math.nan),
-        lambda m, x, y: criticality(m, x, x.numpy()),
-        lambda m, x, y: layers(m, x.numpy()),
-        lambda m, x, y: layers(m, (x * 255).byte()),
+        lambda m, x, y: layer_criticality(m, x, x, norm="RMS"),
+        lambda m, x, y: layer_criticality(m, x, x, at="outputs"),
+        lambda m, x, y: layer_criticality(m, x, x + 1),
+        lambda m, x, y: layer_criticality(m, x, x * math.nan),
+        lambda m, x, y: layer_criticality(m, x, x.numpy()),
+        lambda m, x, y: find_layers(m, x.numpy()),
+        lambda m, x, y: find_layers(m, (x * 255).byte()),
         lambda m, x, y: attack_output(m, x * 255, y, Threat()),
         lambda m, x, y: attack_output(m, x * math.nan, y, Threat()),
         lambda m, x, y: attack_output(m, x, y.float(), Threat()),
         lambda m, x, y: attack_output(m, x, None, Threat()),
         lambda m, x, y: attack_output(m, x, y[:2], Threat()),
-        lambda m, x, y: top(criticality(m, x, x), "1"),
-        lambda m, x, y: top(criticality(m, x, x), 2.0),
-        lambda m, x, y: top(criticality(m, x, x), True),
+        lambda m, x, y: top(layer_criticality(m, x, x), "1"),
+        lambda m, x, y: top(layer_criticality(m, x, x), 2.0),
+        lambda m, x, y: top(layer_criticality(m, x, x), True),
         lambda m, x, y: top([], 1),
         lambda m, x, y: CLAT(m, ranking="Random"),
         lambda m, x, y: CLAT(m, norm="RMS"),
@@ -233,6 +233,6 @@ def test_the_free_functions_and_the_loop_check_alike(plain, images, call):
 
 
 def test_k_as_a_share_reaches_all_layers(tiny):
-    scores = criticality(tiny, torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16))
+    scores = layer_criticality(tiny, torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16))
     assert len(top(scores, 1.0)) == len(top(scores, 0.999)) == 17
     assert len(top(scores, 1)) == 1

@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clat import Run
 from clat.checkpoint import load_checkpoint, load_tensors
 from clat.cli.main import main
+from clat.training.runs import Run
 
 BEFORE = Path(__file__).with_name("written_before")
 CLASSES = ("bottom", "middle", "top")

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from clat import Clat, Critical, Recipe, build_model, load_data, train
+from clat import Recipe, build_model, load_data, train
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import percent
 from clat.evaluation.accuracy import Accuracy
+from clat.objectives import Clat
 from clat.training.runs import Run
+from clat.tuners import Critical
 
 
 def clat(k: int = 1, **keys: Any) -> Recipe:

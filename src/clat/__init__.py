@@ -1,87 +1,97 @@
-"""Criticality-Leveraged Adversarial Training (arXiv 2408.10204): find a network's critical layers, train only these."""
+"""Criticality-Leveraged Adversarial Training (arXiv 2408.10204): find a network's critical layers, train only these.
 
-# ruff: noqa: F403, F405 (the names come from clat/api.py)
+The objectives and tuners are in ``clat.objectives`` and ``clat.tuners``.
+"""
 
-import sys
-from types import ModuleType
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clat.api import *
+    from clat import objectives, tuners
+    from clat.checkpoint import export_weights, load_checkpoint, save_checkpoint
+    from clat.criticality import layer_criticality, top
+    from clat.data.arrays import as_dataset
+    from clat.data.dataset import Dataset
+    from clat.data.loading import load_data
+    from clat.errors import InputError
+    from clat.evaluation.evaluate import evaluate
+    from clat.evaluation.sweep import sweep
+    from clat.evaluation.transfer import transfer
+    from clat.evaluation.trust import trust
+    from clat.layers import find_layers
+    from clat.models import build_model
+    from clat.threat import Threat, attack_output
+    from clat.training.health import HealthError
+    from clat.training.integrity import IntegrityError
+    from clat.training.loop import train
+    from clat.training.method import CLAT, Method
+    from clat.training.recipe import Recipe
 
 __all__ = [
     "CLAT",
-    "Accuracy",
-    "Awp",
-    "Check",
-    "Clat",
-    "Clean",
-    "ConvLora",
-    "Critical",
     "Dataset",
-    "FastAt",
-    "Finding",
-    "FreeAt",
-    "GradAlign",
     "HealthError",
     "InputError",
     "IntegrityError",
-    "LayerScore",
-    "LayerStatus",
-    "Mart",
     "Method",
-    "Objective",
-    "PgdAt",
     "Recipe",
-    "Result",
-    "Rift",
-    "Run",
-    "Score",
-    "Selection",
     "Threat",
-    "Trades",
-    "Tuner",
-    "Verdict",
-    "Whole",
     "as_dataset",
-    "ascend",
     "attack_output",
     "build_model",
-    "criticality",
     "evaluate",
     "export_weights",
-    "layers",
+    "find_layers",
+    "layer_criticality",
     "load_checkpoint",
     "load_data",
+    "objectives",
     "save_checkpoint",
-    "status",
+    "sweep",
     "top",
     "train",
+    "transfer",
     "trust",
+    "tuners",
 ]
 
+# The module of each public name. It is imported when the name is first asked for, and torch with it: the command line
+# reports a typo without waiting for torch.
+MODULES = {
+    "CLAT": "training.method",
+    "Dataset": "data.dataset",
+    "HealthError": "training.health",
+    "InputError": "errors",
+    "IntegrityError": "training.integrity",
+    "Method": "training.method",
+    "Recipe": "training.recipe",
+    "Threat": "threat",
+    "as_dataset": "data.arrays",
+    "attack_output": "threat",
+    "build_model": "models",
+    "evaluate": "evaluation.evaluate",
+    "export_weights": "checkpoint",
+    "find_layers": "layers",
+    "layer_criticality": "criticality",
+    "load_checkpoint": "checkpoint",
+    "load_data": "data.loading",
+    "save_checkpoint": "checkpoint",
+    "sweep": "evaluation.sweep",
+    "top": "criticality",
+    "train": "training.loop",
+    "transfer": "evaluation.transfer",
+    "trust": "evaluation.trust",
+}
 
-class _Package(ModuleType):
-    """Imports torch when a public name is first asked for, so that the command line reports a typo at once.
+if not TYPE_CHECKING:  # type checkers are to find names that are misspelt
 
-    Some functions are called like the module that they stand in, such as ``train``: the import of that module does not
-    take the function's place.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        from clat import api
-
-        self.__dict__.update({public: getattr(api, public) for public in __all__})
-        return self.__dict__[name]
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in __all__ or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return [*self.__dict__, *__all__]
+    def __getattr__(name: str) -> Any:
+        if name in ("objectives", "tuners"):
+            return import_module(f"clat.{name}")
+        if name not in MODULES:
+            raise AttributeError(f"module 'clat' has no attribute {name!r}")
+        return getattr(import_module(f"clat.{MODULES[name]}"), name)
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -14,7 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from clat.errors import DamagedError, InputError
-from clat.files import DEEPEST, parse_json, write_atomically
+from clat.facts import parse_facts
+from clat.files import write_atomically
 from clat.models import Normalized, build_model
 from clat.models.spec import check_sizes, from_file, recorded
 from clat.text import plain
@@ -29,6 +30,168 @@ class Header:
 
     facts: dict[str, Any]
     shapes: dict[str, tuple[tuple[int, ...], bool]]
+
+
+def save_checkpoint(path: Path | str, model: nn.Module, state: dict[str, Tensor] | None = None, **facts: Any) -> None:
+    """Writes a network's parameters and buffers (``state`` instead, if given), and how to build it, atomically.
+
+    A network that ``build_model`` did not make can be written too; to load it, give ``load_checkpoint`` the module.
+    """
+    spec = recorded(model.spec) if isinstance(model, Normalized) and model.spec else None
+    save_tensors(Path(path), state or model.state_dict(), model=spec, **facts)
+
+
+def load_checkpoint(path: Path | str, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network stored in a checkpoint file or run folder (its best checkpoint), and the facts stored with it.
+
+    A file may name the library's own networks and those of timm and torchvision. It never chooses code to run: where
+    it names a factory, or a module that ``build_model`` did not make, the caller gives the network.
+
+    Args:
+        model: a network to read the weights into, made as it was when they were stored; it is changed in place
+    Returns:
+        the network in eval mode and the facts. The network is ``model``, if given, inside a normalisation where the
+        weights were stored with one
+    Raises:
+        InputError: no checkpoint, not one of clat's, of a network that a file may not choose, or with weights that
+            do not fit it
+        DamagedError: content that does not match its digest
+    """
+    path = checkpoint_path(path)
+    header = load_header(path)
+    if model is not None:
+        network, target = _joined(model, header)
+    else:
+        network = target = _built(header, path)
+    facts = load_weights(path, target)
+    return network.eval(), facts
+
+
+def checkpoint_path(path: Path | str) -> Path:
+    """The file that a checkpoint or run folder stands for: in a folder, the best checkpoint by validation."""
+    path = Path(path)
+    if _holds(path.is_dir):
+        if not _holds((path / "best.safetensors").is_file):
+            raise InputError(f"{plain(path)} has no best.safetensors; is it a run folder whose first epoch is done?")
+        return path / "best.safetensors"
+    if not _holds(path.exists):
+        raise InputError(f"There is no checkpoint or run folder at {plain(path)}.")
+    return path
+
+
+def _built(header: Header, path: Path) -> nn.Module:
+    """The network that a header describes; made on the meta device first, where shapes can be compared for free."""
+    if not header.facts.get("model"):
+        raise InputError(
+            f"{plain(path)} holds a network that build_model did not make; give it in this call: --model mynet.py:make "
+            "(in Python: load_checkpoint(path, model=yours))."
+        )
+    spec = from_file(header.facts["model"], path)
+    channels = spec.get("channels", 3)
+    arguments = {"mean": [0.0] * channels, "std": [1.0] * channels, **spec}  # the real ones are among the weights
+    try:
+        with torch.device("meta"):
+            outline = build_model(**arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"The network in {plain(path)} could not be built: {plain(error)}.") from error
+    _check_shapes(outline, header, path)
+    model = build_model(**arguments)
+    model.source = ""
+    return model
+
+
+def _check_shapes(outline: nn.Module, header: Header, path: Path) -> None:
+    expected = {
+        name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in outline.state_dict().items()
+    }
+    name = next((name for name in [*expected, *header.shapes] if expected.get(name) != header.shapes.get(name)), None)
+    if name is not None:
+        wanted, found = (
+            "nothing" if entry is None else f"shape {entry[0]} of {'floats' if entry[1] else 'whole numbers'}"
+            for entry in (expected.get(name), header.shapes.get(name))
+        )
+        raise InputError(
+            f"The weights in {plain(path)} do not fit the network that it names: {plain(name)[:100]} has {found} in "
+            f"the file and {wanted} in the network."
+        )
+
+
+def _joined(model: nn.Module, header: Header) -> tuple[nn.Module, nn.Module]:
+    """What ``load_checkpoint`` returns for the caller's network, and the part of it that the file's tensors go into."""
+    if set(model.state_dict()) == set(header.shapes):
+        return model, model
+    if _is_wrapped(header.shapes) and not isinstance(model, Normalized):
+        channels = max(1, *header.shapes["mean"][0])
+        device = next((tensor.device for tensor in model.state_dict().values()), None)
+        wrapped = Normalized(model, [0.0] * channels, [1.0] * channels).to(device)
+        return wrapped, wrapped
+    if isinstance(model, Normalized) and not _is_wrapped(header.shapes):
+        return model, model.network
+    return model, model
+
+
+def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
+    """Reads a checkpoint's tensors into a network that has the same ones, and returns the facts stored with them."""
+    tensors, facts = load_tensors(Path(path))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()
+        raise InputError(
+            f"The weights in {plain(path)} do not fit the network: {plain(' '.join(first[1:3]).strip())}"
+        ) from error
+    return facts
+
+
+def export_weights(source: Path | str | nn.Module, to: Path | str) -> None:
+    """Writes a network's weights by its own names, as a safetensors file that loads without clat.
+
+    ``safetensors.torch.load_file(to)`` gives what the network's own ``load_state_dict`` takes. The mean and std by
+    which clat normalises the pixels are not among the weights but in the file's metadata, as the JSON lists ``mean``
+    and ``std``: without clat, normalise the pixels by them.
+
+    Args:
+        source: a checkpoint, a run folder (its best checkpoint) or a network
+    Raises:
+        InputError: no checkpoint, or a place that cannot be written
+    """
+    if isinstance(source, nn.Module):
+        tensors, wrapped = source.state_dict(), isinstance(source, Normalized)
+    else:
+        tensors = load_tensors(checkpoint_path(source))[0]
+        wrapped = _is_wrapped(tensors)
+    metadata = {"format": "pt"}
+    if wrapped:
+        metadata |= {key: json.dumps(tensors[key].flatten().tolist()) for key in ("mean", "std")}
+        tensors = _inside(tensors)
+    content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    file = save(content, metadata)
+    write_atomically(Path(to), lambda temporary: temporary.write_bytes(file))
+
+
+def _is_wrapped(names: Any) -> bool:
+    """Whether these are the names of a network inside clat's normalisation."""
+    return {"mean", "std"} <= set(names) and all(
+        name in ("mean", "std") or name.startswith("network.") for name in names
+    )
+
+
+def _inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("network."): t for name, t in tensors.items() if name not in ("mean", "std")}
+
+
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether the path is a run folder or a checkpoint that clat wrote, even a damaged one; other weights are none."""
+    path = Path(path)
+    if path.is_dir():
+        return True
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return path.suffix == ".safetensors"
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
@@ -68,112 +231,6 @@ def load_header(path: Path) -> Header:
         return Header(_facts(metadata, path), shapes)
 
 
-def is_checkpoint(path: Path | str) -> bool:
-    """Whether there is a run folder or a file of clat's, damaged ones included; weights of others' are not."""
-    path = Path(path)
-    if path.is_dir():
-        return True
-    try:
-        with safe_open(path, framework="pt") as file:
-            return KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return path.suffix == ".safetensors"
-
-
-def save_checkpoint(path: Path | str, model: nn.Module, state: dict[str, Tensor] | None = None, **facts: Any) -> None:
-    """Writes a network's parameters and buffers (``state`` instead, if given), and how to build it, atomically.
-
-    A module that ``build_model`` did not make can be written too; whoever loads it has to give it again.
-    """
-    spec = recorded(model.spec) if isinstance(model, Normalized) and model.spec else None
-    save_tensors(Path(path), state or model.state_dict(), model=spec, **facts)
-
-
-def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
-    """Reads a checkpoint into a network of the same shape, whatever its state, and returns the facts stored with it."""
-    tensors, facts = load_tensors(Path(path))
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()
-        raise InputError(
-            f"The weights in {plain(path)} do not fit the network: {plain(' '.join(first[1:3]).strip())}"
-        ) from error
-    return facts
-
-
-def load_checkpoint(path: Path | str, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The network stored in a checkpoint file or run folder (its best checkpoint), and the facts stored with it.
-
-    A file may name the library's own networks and those of timm and torchvision. It never chooses code to run: where
-    it names a factory, or a module that ``build_model`` did not make, the caller gives the network.
-
-    Args:
-        model: a network to read the weights into, made as it was when they were stored; it is changed in place
-    Returns:
-        the network in eval mode (``model`` itself, or inside the normalisation that the weights were stored with), and
-        the facts
-    Raises:
-        InputError: no checkpoint, not one of clat's, of a network that a file may not choose, or with weights that
-            do not fit it
-        DamagedError: content that does not match its digest
-    """
-    path = checkpoint_path(path)
-    header = load_header(path)
-    if model is not None:
-        network, target = _joined(model, header)
-    else:
-        network = target = _built(header, path)
-    facts = load_weights(path, target)
-    return network.eval(), facts
-
-
-def export_weights(source: Path | str | nn.Module, to: Path | str) -> None:
-    """Writes a network's weights by its own names, as a safetensors file that loads without clat.
-
-    ``safetensors.torch.load_file(to)`` gives what the ``load_state_dict`` of the network itself takes: no prefix, and
-    not the mean and std that clat subtracts and divides by before it; these are the metadata entries ``mean`` and
-    ``std``, as JSON lists. The pixels go in normalised by them.
-
-    Args:
-        source: a checkpoint, a run folder (its best checkpoint) or a network
-    Raises:
-        InputError: no checkpoint, or a place that cannot be written
-    """
-    if isinstance(source, nn.Module):
-        tensors, wrapped = source.state_dict(), isinstance(source, Normalized)
-    else:
-        tensors = load_tensors(checkpoint_path(source))[0]
-        wrapped = _is_wrapped(tensors)
-    metadata = {"format": "pt"}
-    if wrapped:
-        metadata |= {key: json.dumps(tensors[key].flatten().tolist()) for key in ("mean", "std")}
-        tensors = _inside(tensors)
-    content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    file = save(content, metadata)
-    write_atomically(Path(to), lambda temporary: temporary.write_bytes(file))
-
-
-def checkpoint_path(path: Path | str) -> Path:
-    """The file that a checkpoint or run folder stands for: in a folder, the best checkpoint by validation."""
-    path = Path(path)
-    if _holds(path.is_dir):
-        if not _holds((path / "best.safetensors").is_file):
-            raise InputError(f"{plain(path)} has no best.safetensors; is it a run folder whose first epoch is done?")
-        return path / "best.safetensors"
-    if not _holds(path.exists):
-        raise InputError(f"There is no checkpoint or run folder at {plain(path)}.")
-    return path
-
-
-def _holds(question: Callable[[], bool]) -> bool:
-    """The answer of a path, which is no where it cannot even be asked: a name too long, a folder that is closed."""
-    try:
-        return question()
-    except (OSError, ValueError):
-        return False
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """A file of clat's and its metadata. The format's reader has checked all sizes against the file's length."""
@@ -194,6 +251,22 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
         ) from error
 
 
+def _facts(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """The facts in a file's metadata. Raises InputError if they have another form than clat writes."""
+    facts = parse_facts(metadata[KEY], path)
+    if facts.get("model") is not None:
+        check_sizes(facts["model"], path)
+    return facts
+
+
+def _holds(question: Callable[[], bool]) -> bool:
+    """The answer to ``path.is_file`` and the like; no where the system refuses it, as for a name that is too long."""
+    try:
+        return question()
+    except (OSError, ValueError):
+        return False
+
+
 def _digest(tensors: dict[str, Tensor], facts: str) -> str:
     """SHA-256 of the facts and of every tensor's name, type, shape and bytes in row-major order."""
     digest = hashlib.sha256(facts.encode())
@@ -201,136 +274,3 @@ def _digest(tensors: dict[str, Tensor], facts: str) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _built(header: Header, path: Path) -> nn.Module:
-    """The network that a header describes, made only after its shapes, which cost nothing, are found to be the
-    file's."""
-    if not header.facts.get("model"):
-        raise InputError(
-            f"{plain(path)} holds a network that build_model did not make; give it in this call: --model mynet.py:make "
-            "(in Python: load_checkpoint(path, model=yours))."
-        )
-    spec = from_file(header.facts["model"], path)
-    channels = spec.get("channels", 3)
-    arguments = {"mean": [0.0] * channels, "std": [1.0] * channels, **spec}  # theirs come with the weights
-    try:
-        with torch.device("meta"):
-            outline = build_model(**arguments)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"The network in {plain(path)} could not be built: {plain(error)}.") from error
-    _check_shapes(outline, header, path)
-    model = build_model(**arguments)
-    model.source = ""
-    return model
-
-
-def _check_shapes(outline: nn.Module, header: Header, path: Path) -> None:
-    expected = {
-        name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in outline.state_dict().items()
-    }
-    name = next((name for name in [*expected, *header.shapes] if expected.get(name) != header.shapes.get(name)), None)
-    if name is not None:
-        wanted, found = (
-            "nothing" if entry is None else f"shape {entry[0]} of {'floats' if entry[1] else 'whole numbers'}"
-            for entry in (expected.get(name), header.shapes.get(name))
-        )
-        raise InputError(
-            f"The weights in {plain(path)} do not fit the network that it names: {plain(name)[:100]} has {found} in "
-            f"the file and {wanted} in the network."
-        )
-
-
-def _joined(model: nn.Module, header: Header) -> tuple[nn.Module, nn.Module]:
-    """The caller's network as it is to be returned, and the part of it that the file's tensors belong to."""
-    if set(model.state_dict()) == set(header.shapes):
-        return model, model
-    if _is_wrapped(header.shapes) and not isinstance(model, Normalized):
-        channels = max(1, *header.shapes["mean"][0])
-        device = next((tensor.device for tensor in model.state_dict().values()), None)
-        wrapped = Normalized(model, [0.0] * channels, [1.0] * channels).to(device)
-        return wrapped, wrapped
-    if isinstance(model, Normalized) and not _is_wrapped(header.shapes):
-        return model, model.network
-    return model, model
-
-
-def _is_wrapped(names: Any) -> bool:
-    """Whether these are the names of a network inside clat's normalisation."""
-    return {"mean", "std"} <= set(names) and all(
-        name in ("mean", "std") or name.startswith("network.") for name in names
-    )
-
-
-def _inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("network."): t for name, t in tensors.items() if name not in ("mean", "std")}
-
-
-def _facts(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """The facts in a file's metadata, if they have the form that clat writes."""
-    facts = parse_json(metadata[KEY], path, "checkpoint")
-    if not isinstance(facts, dict):
-        raise InputError(f"The facts in {plain(path)} are no keys and values; it was not written by clat.")
-    if _depth(facts) > DEEPEST:
-        raise InputError(f"The facts in {plain(path)} are nested too deep for a checkpoint.")
-    if facts.get("model") is not None:
-        check_sizes(facts["model"], path)
-    for key, (words, fits) in _FORMS.items():
-        if key in facts and not fits(facts[key]):
-            raise InputError(f"{plain(path)} has no usable {key!r} in its facts; it must be {words}.")
-    return facts
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _counts(value: Any) -> bool:
-    return isinstance(value, dict) and _count(value.get("images")) and isinstance(value.get("seed"), int)
-
-
-def _words(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-
-
-def _data(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("source"), str)
-        and _words(value.get("classes"))
-        and isinstance(value.get("shape"), list)
-        and len(value["shape"]) == 3
-        and all(map(_count, value["shape"]))
-    )
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in value.values()
-    )
-
-
-_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "epoch": ("a whole number", _count),
-    "averaged": ("a whole number", _count),
-    "holdout": ("whole numbers images and seed", _counts),
-    "data": ("source, classes and shape of the training images", _data),
-    "selected": ("a list of layers", lambda value: value is None or _words(value)),
-    "validation": ("numbers by name", _numbers),
-    "end": ("keys and values", lambda value: isinstance(value, dict)),
-    "imported": ("keys and values", lambda value: isinstance(value, dict)),
-}
-
-
-def _depth(value: Any) -> int:
-    """Levels of nesting, without recursion."""
-    level, depth = [value], 0
-    while level := [
-        inner
-        for entry in level
-        for inner in (entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ())
-    ]:
-        depth += 1
-    return depth

@@ -33,7 +33,7 @@ class LayerScore:
     parameters: int
 
 
-def criticality(
+def layer_criticality(
     model: nn.Module, x: Images, x_adv: Images, *, norm: Norm = "paper", at: At = "output"
 ) -> list[LayerScore]:
     """Weakness (Eq. 5) and criticality (Eq. 6) of every layer, in execution order, from one forward pass.

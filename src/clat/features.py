@@ -1,6 +1,5 @@
 """The outputs of layers, observed, recorded and compared inside a forward pass."""
 
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -8,66 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from clat.activations import Follow, Stop
 from clat.errors import InputError
-from clat.layers import eager, hooked
-from clat.network import Cost, Images, first_tensor, held, logits
+from clat.network import Cost, Images, eager, first_tensor, held, hooked, logits
 
 At = Literal["output", "activation"]
 Between = Callable[[Tensor, Tensor], Tensor]  # two features (batch, ...) -> how far apart they are (batch,)
-_CASTS = {"to"}  # around BatchNorm as attacks run it in bf16
-_NORMS = {"addcmul", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
-_ACTIVATIONS = {
-    *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish"),
-    *("hardswish", "hardtanh", "softplus", "prelu", "sigmoid", "tanh"),
-}
-_WEIGHTED = {"conv1d", "conv2d", "conv3d", "linear", "multi_head_attention_forward", "scaled_dot_product_attention"}
-
-
-class _Stop(Exception):
-    """Raised inside a forward pass once nothing after this point is needed."""
-
-
-def observe(
-    model: nn.Module,
-    x: Images,
-    modules: Mapping[str, nn.Module],
-    visit: Callable[[int, Tensor], None],
-    *,
-    at: At = "output",
-    stop_after: int | None = None,
-) -> Tensor | None:
-    """Runs ``model(x)`` and hands each output of ``modules`` to ``visit(number, feature)`` while it is there.
-
-    Features come with the images along the first dimension. Calls are numbered from 0 in execution order, over all
-    modules. With ``at="activation"`` a number may be visited up to three times, as the feature passes its
-    normalisation and its activation: the last visit counts.
-
-    Args:
-        stop_after: leave the network once this many calls were observed
-    Returns:
-        the network's class scores (batch, classes), or None if it was left early
-    """
-    seen = 0
-    follow = _Follow(visit, stop_after) if at == "activation" else None
-
-    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-        nonlocal seen
-        feature = first_tensor(output)
-        by_image = partial(_by_image, images=len(x), module=module)
-        visit(seen, by_image(feature))
-        if follow is not None:
-            follow.add(seen, feature, by_image)
-        seen += 1
-        if follow is None and seen == stop_after:
-            raise _Stop
-
-    with hooked([module.register_forward_hook(hook) for module in modules.values()]), follow or nullcontext():
-        try:
-            return logits(eager(model, x))
-        except _Stop:
-            return None
 
 
 def lengths(feature: Tensor) -> Tensor:
@@ -80,6 +26,47 @@ def l2(first: Tensor, second: Tensor) -> Tensor:
     return lengths(second - first)
 
 
+def observe(
+    model: nn.Module,
+    x: Images,
+    modules: Mapping[str, nn.Module],
+    visit: Callable[[int, Tensor], None],
+    *,
+    at: At = "output",
+    stop_after: int | None = None,
+) -> Tensor | None:
+    """Runs ``model(x)`` and hands each output of ``modules`` to ``visit(number, feature)`` as soon as it is computed.
+
+    Features come with the images along the first dimension. Calls are numbered from 0 in execution order, over all
+    modules. With ``at="activation"`` a number may be visited up to three times, as the feature passes its
+    normalisation and its activation: the last visit counts.
+
+    Args:
+        stop_after: leave the network once this many calls were observed
+    Returns:
+        the network's class scores (batch, classes), or None if it was left early
+    """
+    seen = 0
+    follow = Follow(visit, stop_after) if at == "activation" else None
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal seen
+        feature = first_tensor(output)
+        by_image = partial(_by_image, images=len(x), module=module)
+        visit(seen, by_image(feature))
+        if follow is not None:
+            follow.add(seen, feature, by_image)
+        seen += 1
+        if follow is None and seen == stop_after:
+            raise Stop
+
+    with hooked([module.register_forward_hook(hook) for module in modules.values()]), follow or nullcontext():
+        try:
+            return logits(eager(model, x))
+        except Stop:
+            return None
+
+
 def record(
     model: nn.Module,
     x: Images,
@@ -88,9 +75,9 @@ def record(
     at: At = "output",
     stop_after: int | None = None,
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """Class scores and the modules' features; cloned, since a later module may change them in place.
+    """Class scores and the modules' features by call number; cloned, since a later module may change them in place.
 
-    With ``stop_after``, the number of calls of the modules, the network is left after the last and gives no scores.
+    With ``stop_after``, the number of calls to observe, the network is left after the last of them and gives no scores.
     """
     features: dict[int, Tensor] = {}
 
@@ -112,7 +99,7 @@ def compare(
 ) -> tuple[Tensor | None, Tensor]:
     """Sum over the modules' calls of ``between(recorded feature, feature of x)``, image by image (batch,).
 
-    The network runs only as far as its deepest module; the class scores come with it if the ``whole`` network ran.
+    The network is left after its last module, unless the ``whole`` of it is to run: then its class scores come too.
     """
     distances: dict[int, Tensor] = {}
 
@@ -145,41 +132,8 @@ def feature_distance(
     return lambda z: compare(model, z, modules, recorded, between, at=at)[1]
 
 
-class _Follow(TorchFunctionMode):
-    """Follows a layer's output through the normalisation and activation applied to it, as modules or as functions."""
-
-    def __init__(self, visit: Callable[[int, Tensor], None], stop_after: int | None):
-        super().__init__()
-        self.visit, self.stop_after = visit, stop_after
-        self.followed: dict[int, tuple[weakref.ref[Tensor], int, Callable[[Tensor], Tensor]]] = {}
-        self.complete = False
-
-    def add(self, number: int, feature: Tensor, by_image: Callable[[Tensor], Tensor]) -> None:
-        self.followed[id(feature)] = (weakref.ref(feature), number, by_image)
-        self.complete = number + 1 == self.stop_after
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if self.complete and name in _WEIGHTED:
-            raise _Stop
-        place = 1 if name == "addcmul" else 0  # BatchNorm as attacks run it: clat.batchnorm.fixed_norms
-        tensor = args[place] if len(args) > place and isinstance(args[place], Tensor) else None
-        reference, number, by_image = self.followed.get(id(tensor), (None, -1, None))
-        output = func(*args, **(kwargs or {}))
-        if reference is None or by_image is None or reference() is not tensor or not isinstance(output, Tensor):
-            return output
-        if name in _NORMS or (name in _CASTS and output is not tensor):
-            self.visit(number, by_image(output))
-            self.followed[id(output)] = (weakref.ref(output), number, by_image)
-        elif name in _ACTIVATIONS:
-            self.visit(number, by_image(output))
-            if self.complete and number + 1 == self.stop_after:
-                raise _Stop
-        return output
-
-
 def _by_image(feature: Tensor, *, images: int, module: nn.Module) -> Tensor:
-    """The feature with one row an image, whether it was sequence-first or cut each image into windows."""
+    """The feature with one row an image, also where the sequence comes first or each image was cut into windows."""
     sequence_first = isinstance(module, nn.MultiheadAttention) and not module.batch_first
     if feature.dim() > 1 and feature.shape[1] == images and (sequence_first or feature.shape[0] % images):
         feature = feature.transpose(0, 1)

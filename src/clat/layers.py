@@ -1,21 +1,20 @@
-"""Which modules are layers, in the order they run, and how their outputs are observed inside a forward pass."""
+"""Which modules of a network are layers, and in which order they run."""
 
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from clat.errors import InputError
-from clat.network import Images, check_images, first_tensor, held
+from clat.inputs import nearest
+from clat.network import Images, check_images, eager, first_tensor, held, hooked
 from clat.text import plain
 
-WRAPPER = "network."  # what the names of all layers begin with in a network that ``build_model`` made
+WRAPPER = "network."  # begins the names of all layers of a network that ``build_model`` made
 
 # Layers are the modules with a weight that mixes channels. Attention is one layer: its projections run inside it.
 LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
@@ -45,19 +44,7 @@ class Call:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
-def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution, linear layer and attention block by dotted name, in the order of definition."""
-    found: dict[str, nn.Module] = {}
-    inside_attention: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, LAYER_TYPES) and module not in inside_attention:
-            found[name] = module
-            if isinstance(module, nn.MultiheadAttention):
-                inside_attention.update(module.modules())
-    return found
-
-
-def layers(model: nn.Module, x: Images) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, x: Images) -> dict[str, nn.Module]:
     """The layers that run on images x, dotted name -> module, in the order of their first execution.
 
     Raises:
@@ -65,30 +52,6 @@ def layers(model: nn.Module, x: Images) -> dict[str, nn.Module]:
     """
     check_images(x)
     return {call.name: call.module for call in trace(model, x)}
-
-
-def named_layers(model: nn.Module, x: Images, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The layers of these names that run on images x; ``network.``, which ``build_model`` puts first, may be left out.
-
-    Raises:
-        InputError: a layer that the network has not
-    """
-    known = layers(model, x[:1])
-    full = {name: name if name in known else f"{WRAPPER}{name}" for name in names}
-    for name in names:
-        if full[name] not in known:
-            listed = plain(", ".join(known))
-            raise InputError(f"The network has no layer {plain(name)!r}; clat layers lists them: {listed}.")
-    return {full[name]: known[full[name]] for name in names}
-
-
-def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that train now, read from ``requires_grad``, in the order of definition."""
-    return {
-        name: module
-        for name, module in layer_modules(model).items()
-        if any(parameter.requires_grad for parameter in module.parameters())
-    }
 
 
 @torch.no_grad()
@@ -128,6 +91,18 @@ def trace(model: nn.Module, x: Images) -> list[Call]:
     return calls
 
 
+def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution, linear layer and attention block by dotted name, in the order of definition."""
+    found: dict[str, nn.Module] = {}
+    inside_attention: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LAYER_TYPES) and module not in inside_attention:
+            found[name] = module
+            if isinstance(module, nn.MultiheadAttention):
+                inside_attention.update(module.modules())
+    return found
+
+
 def is_shortcut(name: str, module: nn.Module) -> bool:
     """True for the projection on a residual block's short path, which the paper's numbering leaves out."""
     if not isinstance(module, nn.modules.conv._ConvNd):
@@ -136,19 +111,28 @@ def is_shortcut(name: str, module: nn.Module) -> bool:
     return bool(_SHORTCUT.search(name) or (pointwise and _POINTWISE_SHORTCUT.search(name)))
 
 
-def eager(model: nn.Module, x: Images) -> Any:
-    """What the network returns for x; not by way of ``torch.compile``, whose code does not run hooks."""
-    return getattr(model, "_orig_mod", model)._call_impl(x)
+def named_layers(model: nn.Module, x: Images, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers of these names that run on images x; ``network.``, which ``build_model`` puts first, may be left out.
+
+    Raises:
+        InputError: the network has no such layer
+    """
+    known = find_layers(model, x[:1])
+    full = {name: name if name in known else f"{WRAPPER}{name}" for name in names}
+    for name in names:
+        if full[name] not in known:
+            listed = [plain(layer.removeprefix(WRAPPER)) for layer in known]
+            raise InputError(
+                f"The network has no layer {plain(name)!r}; clat layers lists them: {', '.join(listed)}."
+                f"{nearest(name, listed)}"
+            )
+    return {full[name]: known[full[name]] for name in names}
 
 
-@contextmanager
-def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Removes the hooks afterwards; meanwhile attention takes the path on which hooks fire."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in handles:
-            handle.remove()
+def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that train now, read from ``requires_grad``, in the order of definition."""
+    return {
+        name: module
+        for name, module in layer_modules(model).items()
+        if any(parameter.requires_grad for parameter in module.parameters())
+    }

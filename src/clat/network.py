@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from clat.errors import InputError
 from clat.text import plain
@@ -155,6 +156,24 @@ def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> 
                 # Untouched ones may belong to a graph that is still needed. BatchNorm in train mode bumps no version.
                 if mode == "batch" or buffer._version != version:
                     buffer.copy_(copy)
+
+
+def eager(model: nn.Module, x: Images) -> Any:
+    """What the network returns for x, run without ``torch.compile``, whose code does not run hooks."""
+    return getattr(model, "_orig_mod", model)._call_impl(x)
+
+
+@contextmanager
+def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Removes the hooks afterwards. Meanwhile attention does not take its fast path, on which hooks do not run."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
 
 
 def tensors(model: nn.Module) -> State:

@@ -46,7 +46,7 @@ def _class(kind: type) -> list[Any]:
 
 
 def _described(value: Any, depth: int = DEPTH) -> Any:
-    """A value as JSON that is the same in every process and differs where the value does, as far as it can be told."""
+    """A value as JSON: the same in every process, and different for different values, as far as Python shows them."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Enum):

@@ -13,8 +13,9 @@ from rich.text import Text
 from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import layer_table, percent, ranking
-from clat.criticality import criticality, ranked
-from clat.data.dataset import Dataset, load_data, to_unit
+from clat.criticality import layer_criticality, ranked
+from clat.data.dataset import Dataset, to_unit
+from clat.data.loading import load_data
 from clat.evaluation.accuracy import Result
 from clat.evaluation.evaluate import evaluate
 from clat.files import write_text
@@ -86,7 +87,7 @@ def _show_critical(run: Run, training: Dataset, console: Console) -> None:
     model, _ = load_checkpoint(run.last)
     pixels, y = next(training.batches(100))
     x = to_unit(pixels)
-    scores = criticality(model, x, attack_output(model, x, y, PRETRAIN.threat))
+    scores = layer_criticality(model, x, attack_output(model, x, y, PRETRAIN.threat))
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print()
     console.print(layer_table(ranking(scores)[:5], size, f"The 5 most critical of {len(ranked(scores))} layers"))

@@ -21,8 +21,9 @@ from clat.cli.shared import (
     write_json,
 )
 from clat.cli.tables import attack_name, layer_table, ranking
-from clat.criticality import Norm, criticality
-from clat.data.dataset import EMBEDDED, to_unit
+from clat.criticality import Norm, layer_criticality
+from clat.data.dataset import to_unit
+from clat.data.sources import EMBEDDED
 from clat.errors import InputError
 from clat.evaluation.fits import check_fits
 from clat.evaluation.measured import Measured
@@ -78,7 +79,7 @@ def layers(
     threat = replace(pgd_threat(eps, steps), step=_paper_step(eps))
     x = to_unit(pixels)
     predict(opened, x)  # its scores are finite
-    scores = criticality(opened, x, attack_output(opened, x, y, threat), norm=norm, at=at)
+    scores = layer_criticality(opened, x, attack_output(opened, x, y, threat), norm=norm, at=at)
     rows = ranking(scores)
     if json is not None:
         facts = {"network": network, "data": data, "images": len(x), "threat": asdict(threat), "norm": norm, "at": at}

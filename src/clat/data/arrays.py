@@ -20,7 +20,7 @@ EXACT = 1e-3  # floats times 255 this near to whole numbers were 8 bits before
 
 
 def as_dataset(source: Any, classes: Classes = None) -> Dataset:
-    """What ``train``, ``evaluate`` and ``trust`` work on, from what is used elsewhere. It is read once, into memory.
+    """Images and labels in the forms that other code uses, as a ``Dataset``. They are read once, into memory.
 
     Args:
         source: a ``Dataset``, returned as it is; a pair (images, labels) of tensors or arrays; a torch data set of

@@ -38,8 +38,8 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls", "y"
 class Splits:
     """The tables at a source by the names of their splits.
 
-    nature: named, if the source says which is which; unnamed, if it is one table and does not say of what; to divide,
-    if it is one table that is by custom for training and testing
+    nature: ``named``: the source says which split each table is; ``unnamed``: it has one table and does not say which;
+    ``to divide``: it has one table, as is usual for its kind, of which clat makes a training and a test split
     """
 
     source: str
@@ -47,7 +47,7 @@ class Splits:
     nature: Literal["named", "unnamed", "to divide"]
 
     def choose(self, split: str, holds: Holds | None) -> tuple[Any, bool, str | None]:
-        """The table that answers to a split, whether a part of it is to be set aside for testing, and what to say.
+        """The table to read for a split, whether a part of it is to be set aside for testing, and a note.
 
         Args:
             holds: which split a source with one table is
@@ -129,7 +129,7 @@ def read_splits(source: str, config: str | None = None) -> Splits:
 
 
 def set_aside(groups: Tensor, split: str, source: str) -> tuple[Tensor, str]:
-    """The places of the training or test part of a table, a fifth of each group being for testing, and what to say.
+    """The places of the training or test part of a table, a fifth of each group being for testing, and a note.
 
     Args:
         groups: (n,) the images' classes
@@ -243,7 +243,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Loggers hold their tongue; what they would print is in the error."""
+    """Silences loggers; what they would print is in the error."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

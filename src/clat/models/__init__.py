@@ -1,19 +1,7 @@
-"""Networks by name: the paper's, any of timm or torchvision, any factory of the user's, which the user names.
+"""Networks by name: the paper's, any of timm or torchvision, any factory of the user's, which the user names."""
 
-Normalisation lives inside the model.
-"""
-
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,8 +9,10 @@ from torch import Tensor, nn
 
 from clat.compute import bears_channels_last
 from clat.errors import InputError
+from clat.models.bridges import from_factory, from_timm, from_torchvision
 from clat.models.densenet import dn121
 from clat.models.mixed import MAPS, MixedClassifier
+from clat.models.normalisation import Numbers, own_statistics, statistics
 from clat.models.preact_resnet import preactrn18
 from clat.models.resnet import rn18, rn50
 from clat.models.spec import recorded
@@ -30,7 +20,27 @@ from clat.models.vgg import vgg19
 from clat.models.wide_resnet import rawrn70_16, wide_resnet
 from clat.text import plain
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of its training images, as torchvision has them
+
+class Normalized(nn.Module):
+    """A network that takes pixels in [0, 1] and normalises them itself, channel by channel."""
+
+    mean: Tensor
+    std: Tensor
+    spec: dict[str, Any]  # the arguments of ``build_model`` that make the network again; in every checkpoint
+    source: str  # where mean and std come from, in words; empty if from a file
+
+    def __init__(self, network: nn.Module, mean: Numbers, std: Numbers):
+        super().__init__()
+        self.network = network
+        self.spec = {}
+        self.source = ""
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        if x.shape[1:2] != self.mean.shape[:1]:  # one channel would silently be taken for each of three
+            raise InputError(f"The network takes images with {len(self.mean)} channels; these have {x.shape[1]}.")
+        return self.network((x - self.mean) / self.std)
 
 
 def _mixed(
@@ -57,28 +67,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "rawrn70-16": rawrn70_16,
     "mixed": _mixed,
 }
-
-
-class Normalized(nn.Module):
-    """A network that takes pixels in [0, 1] and normalises them itself, channel by channel."""
-
-    mean: Tensor
-    std: Tensor
-    spec: dict[str, Any]  # the arguments of ``build_model`` that make the network again; in every checkpoint
-    source: str  # whence mean and std, in words; empty where a file had them
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.network = network
-        self.spec = {}
-        self.source = ""
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
-
-    def forward(self, x: Tensor) -> Any:
-        if x.shape[1:2] != self.mean.shape[:1]:  # one channel would silently be taken for each of three
-            raise InputError(f"The network takes images with {len(self.mean)} channels; these have {x.shape[1]}.")
-        return self.network((x - self.mean) / self.std)
 
 
 def build_model(
@@ -110,31 +98,9 @@ def build_model(
     for key, count in (("classes", classes), ("channels", channels)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise InputError(f"{key} is {plain(count)}; it is a whole number of 1 or more.")
-    try:
-        if name in MODELS:
-            network = MODELS[name](classes=classes, channels=channels, **options)
-        elif name.startswith("timm/"):
-            network = _timm(name.removeprefix("timm/"), classes, channels, options)
-        elif name.startswith("torchvision/"):
-            network = _torchvision(name.removeprefix("torchvision/"), classes, channels, options)
-        elif name.startswith("transformers/"):
-            raise InputError("Networks of transformers cannot be built yet; name a factory of yours that makes one.")
-        elif ":" in name:
-            network = _factory(name, classes, channels, options)
-        else:
-            raise InputError(
-                f"There is no model {name!r}; choose one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, "
-                "file.py:factory or package.module:factory."
-            )
-    except InputError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"Model {name} does not take these options: {error}.") from error
-    if ":" not in name and bears_channels_last(
-        network
-    ):  # a user's own forward may rely on the layout of its activations
-        network = network.to(memory_format=torch.channels_last)
-    mean, std, source = _statistics(normalise, mean, std, channels, _own_statistics(name, network, options))
+    network = _network(name, classes, channels, options)
+    own = own_statistics(network) if name.startswith("timm/") and options.get("pretrained") else None
+    mean, std, source = statistics(normalise, mean, std, channels, own)
     inside = [spec for spec in (options.get("accurate"), options.get("robust")) if isinstance(spec, Mapping)]
     if name == "mixed" and source and any(spec.get("pretrained") or spec.get("normalise") for spec in inside):
         raise InputError(
@@ -144,6 +110,31 @@ def build_model(
     model.spec = {"name": name, "classes": classes, "channels": channels, **options}
     model.source = source
     return model
+
+
+def _network(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
+    """The network of this name, by default with random weights, without a normalisation around it."""
+    try:
+        if name in MODELS:
+            network = MODELS[name](classes=classes, channels=channels, **options)
+        elif name.startswith("timm/"):
+            network = from_timm(name.removeprefix("timm/"), classes, channels, options)
+        elif name.startswith("torchvision/"):
+            network = from_torchvision(name.removeprefix("torchvision/"), classes, channels, options)
+        elif name.startswith("transformers/"):
+            raise InputError("Networks of transformers cannot be built yet; name a factory of yours that makes one.")
+        elif ":" in name:
+            return from_factory(name, classes, channels, options)  # its own forward may rely on a memory layout
+        else:
+            raise InputError(
+                f"There is no model {name!r}; choose one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, "
+                "file.py:factory or package.module:factory."
+            )
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"Model {name} does not take these options: {error}.") from error
+    return network.to(memory_format=torch.channels_last) if bears_channels_last(network) else network
 
 
 def takes_statistics(name: str, options: Mapping[str, Any]) -> bool:
@@ -179,64 +170,6 @@ def _numbers(model: Normalized) -> str:
     return f"mean {mean}, std {std}"
 
 
-def _statistics(
-    normalise: str | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    channels: int,
-    own: tuple[Sequence[float], Sequence[float]] | None,
-) -> tuple[Sequence[float], Sequence[float], str]:
-    """Mean, std and whence they are, in words."""
-    if (mean is None) != (std is None):
-        raise InputError("Give both mean and std, or neither.")
-    given = (mean, std) if mean is not None and std is not None else None
-    if given is not None and normalise not in (None, "data"):
-        raise InputError(f"Both normalise={plain(normalise)} and the statistics of the data are given; give one.")
-    chosen, source = given, "as given" if normalise is None else "statistics of the data"
-    if given is None and normalise == "data":
-        raise InputError("normalise=data needs the mean and std of the data, which are not known here.")
-    if given is None and normalise is None:
-        chosen, source = own, "as it was pre-trained"
-    elif normalise == "imagenet":
-        chosen, source = IMAGENET, "those of ImageNet"
-    elif normalise not in (None, "data", "none"):
-        chosen, source = _written(normalise), "as given"
-    if chosen is None:
-        return [0.0] * channels, [1.0] * channels, ""
-    for key, values in zip(("mean", "std"), chosen, strict=True):
-        if len(values) != channels or not all(map(math.isfinite, values)) or (key == "std" and not min(values) > 0):
-            raise InputError(
-                f"The normalisation's {key} is {'/'.join(f'{value:g}' for value in values)}; give one number a channel "
-                f"({channels}), std above 0."
-            )
-    return *chosen, source
-
-
-def _written(normalise: Any) -> tuple[list[float], list[float]]:
-    """The numbers in MEAN;STD."""
-    with suppress(ValueError):
-        mean, std = ([float(number) for number in part.split("/")] for part in str(normalise).split(";"))
-        return mean, std
-    raise InputError(
-        f"normalise is {plain(normalise)!r}; choose none, data, imagenet or numbers as MEAN;STD, one a channel, e.g. "
-        "0.5/0.5/0.5;0.25/0.25/0.25."
-    )
-
-
-def _own_statistics(
-    name: str, network: nn.Module, options: Mapping[str, Any]
-) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Mean and std that a timm network was pre-trained with; their mean over the channels where it has others now."""
-    if not name.startswith("timm/") or not options.get("pretrained"):
-        return None
-    found: Any = getattr(network, "pretrained_cfg", None) or {}
-    mean, std = found.get("mean", IMAGENET[0]), found.get("std", IMAGENET[1])
-    channels = next(module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d))
-    if len(mean) != channels:
-        mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
-    return mean, std
-
-
 def mix(accurate: Normalized, robust: Normalized, **options: Any) -> Normalized:
     """The mixed classifier of copies of two networks that ``build_model`` made, with their weights.
 
@@ -257,82 +190,3 @@ def mix(accurate: Normalized, robust: Normalized, **options: Any) -> Normalized:
     model.network.get_submodule("accurate").load_state_dict(accurate.state_dict())
     model.network.get_submodule("robust").load_state_dict(robust.state_dict())
     return model
-
-
-def _timm(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
-    import timm
-
-    if options.get("checkpoint_path"):
-        raise InputError(f"Bring the weights in with clat import FILE --model timm/{name}, not with checkpoint_path.")
-    try:
-        return timm.create_model(name, num_classes=classes, in_chans=channels, **options)
-    except (RuntimeError, ValueError, OSError, AssertionError) as error:
-        raise InputError(f"timm could not make {name!r}: {error}.") from error
-
-
-def _torchvision(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
-    from torchvision import models
-
-    if name not in models.list_models(module=models):
-        raise InputError(f"torchvision has no classifier {plain(name)!r}.")
-    if options.get("weights") or options.get("pretrained"):
-        raise InputError(
-            f"Weights of torchvision come in with clat import FILE --model torchvision/{name}; timm/NAME has "
-            "pretrained=true."
-        )
-    if channels != 3:
-        raise InputError(f"Networks of torchvision take images with 3 channels; these have {channels}.")
-    return models.get_model(name, weights=None, num_classes=classes, **options)
-
-
-def _factory(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
-    """The network that code of the user's makes; only ever called with a name that the user gave in this call."""
-    place, _, attribute = name.rpartition(":")
-    file = Path(place) if place.endswith(".py") else None
-    with _importable(file.parent if file else Path()):
-        try:
-            factory = getattr(_executed(file) if file else importlib.import_module(place), attribute)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"Model {plain(name)!r} could not be imported: {plain(error)}.") from error
-        try:
-            accepted = inspect.signature(factory).parameters
-            for value, keys in ((classes, ("classes", "num_classes")), (channels, ("channels", "in_chans"))):
-                for key in keys:
-                    if key in accepted:
-                        options = {key: value, **options}
-                        break
-            network = factory(**options)
-        except Exception as error:
-            said = f"{type(error).__name__}: {plain(error)}" if str(error) else type(error).__name__
-            raise InputError(f"Model {plain(name)!r} failed with the options {options}: {said}.") from error
-    if not isinstance(network, nn.Module):
-        raise InputError(f"Model {name!r} returned {type(network).__name__}; it must return a torch.nn.Module.")
-    return network
-
-
-def _executed(file: Path) -> ModuleType:
-    """A Python file as a module, under a name that no other module can have."""
-    if not file.is_file():
-        raise InputError(f"There is no Python file at {plain(file)}.")
-    name = f"_clat_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
-    described = importlib.util.spec_from_file_location(name, file)
-    assert described is not None
-    assert described.loader is not None
-    module = importlib.util.module_from_spec(described)
-    sys.modules[name] = module  # dataclasses look their module up
-    described.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Lets the user's code import what lies beside it, and nothing thereafter."""
-    entry = str(folder.resolve())
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            sys.path.remove(entry)

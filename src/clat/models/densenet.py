@@ -11,7 +11,7 @@ def dn121(
 
     The stem is one 3x3 convolution of stride 1 with 2 x ``growth`` channels, neither normalised nor pooled, as in
     kuangliu's network. That one concatenates newer features in front of older ones, this one behind: the same network
-    with its input channels in another order, which ``clat.models.importing`` puts right.
+    with its input channels in another order, which ``clat.models.schemes`` puts right.
 
     Args:
         growth: channels that each layer adds

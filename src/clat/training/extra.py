@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from clat.checkpoint import load_checkpoint
-from clat.data.dataset import Dataset, load_data, to_unit, trained_on
+from clat.data.dataset import Dataset, to_unit, trained_on
+from clat.data.loading import load_data
 from clat.errors import InputError
 from clat.evaluation.fits import check_fits
 from clat.inputs import check_fields

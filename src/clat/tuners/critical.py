@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, Norm, check_k, criticality, layer_count, ranked
+from clat.criticality import LayerScore, Norm, check_k, layer_count, layer_criticality, ranked
 from clat.errors import InputError
 from clat.features import At
 from clat.inputs import check_fields
@@ -69,7 +69,7 @@ class Critical(Tuner):
             InputError: more layers than can be selected, or a batch that is none
         """
         x_adv = attack_output(model, x, y, threat)
-        scores = criticality(model, x, x_adv, norm=self.norm, at=self.at)
+        scores = layer_criticality(model, x, x_adv, norm=self.norm, at=self.at)
         names = self._order(model, ranked(scores, head=self.head), seed + epoch)
         selected = names[: layer_count(self.k, len(names))]
         chosen = with_tied(model, selected, (score.name for score in scores))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from clat.layers import layers
+from clat.layers import find_layers
 from clat.network import Images, Labels
 from clat.threat import Threat
 from clat.tuners.base import Tuner
@@ -22,7 +22,7 @@ class Whole(Tuner):
     ) -> Selection:
         return Selection(
             epoch=epoch,
-            layers=tuple(layers(model, x[:1])),
+            layers=tuple(find_layers(model, x[:1])),
             trainable=parameters_of(model, [""]),
             training=("",),
         )

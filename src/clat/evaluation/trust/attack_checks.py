@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clat.attacks import Attack, apgd_ce, apgd_targeted, square, square_takes, through_layers
-from clat.criticality import criticality, top
+from clat.criticality import layer_criticality, top
 from clat.evaluation.trust.check import FORWARD, OURS, POINTS, Check, Outcome, Skip, grade, improbable
 from clat.evaluation.trust.subject import STEPS, Subject
 from clat.network import Images, Labels, logits
@@ -222,7 +222,7 @@ TRANSFER = Check(
 
 def adaptive(s: Subject) -> Attack:
     """Through the layers that were named, or else the 5 % that are most critical under the attack."""
-    layers = s.layers or top(criticality(s.model, s.x[: s.batch_size], s.pgd().images[: s.batch_size]), 0.05)
+    layers = s.layers or top(layer_criticality(s.model, s.x[: s.batch_size], s.pgd().images[: s.batch_size]), 0.05)
     return through_layers(layers, s.threat.radius, s.threat.norm, steps=STEPS, seed=s.seed)
 
 
