@@ -3,18 +3,16 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from clat.checkpoint import load_checkpoint, load_tensors
 from clat.errors import InputError
 from clat.evaluation.evaluate import evaluate
-from clat.models import build_model
 from clat.network import same_bits, snapshot
 from clat.threat import Threat
 from clat.training.averaging import Average, Averaged
 from clat.training.loop import _Trainer, train
 from clat.training.recipe import Recipe
-from conftest import Plain, dies_before
+from conftest import Plain, dies_before, network
 
 RECIPE = Recipe(
     epochs=3, batch_size=60, lr=0.05, holdout=60, validation_steps=2, health=False, augment=False, precision="fp32",
@@ -71,10 +69,6 @@ def test_without_settings_nothing_is_swapped():
 
 @pytest.mark.parametrize("average", [Average(decay=0.8), Average(kind="swa", start=2)], ids=["ema", "swa"])
 def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(average, blobs, tmp_path, monkeypatch):
-    def network():
-        torch.manual_seed(0)
-        return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
-
     monkeypatch.setattr(_Trainer, "_best", lambda _self, metrics: metrics[-1]["epoch"])
     recipe = replace(RECIPE, average=average)
     run = train(recipe, network(), blobs, out=tmp_path / "run")

@@ -7,11 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from clat.checkpoint import load_tensors
 from clat.errors import InputError
-from clat.models import build_model
 from clat.network import same_bits
 from clat.objectives import FastAt, FreeAt, Mart, Trades
 from clat.threat import Threat
@@ -19,7 +17,7 @@ from clat.training.awp import Awp
 from clat.training.loop import train
 from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from clat.training.recipe import Recipe
-from conftest import Plain, dies_before, same_tensors
+from conftest import Plain, dies_before, network, same_tensors
 
 ONE_STEP = Threat(eps=0.1, step=0.1, steps=1)
 BASE = Recipe(epochs=3, batch_size=60, lr=0.05, holdout=60, threat=ONE_STEP, validation_steps=2, health=False)
@@ -34,11 +32,6 @@ EVERY = {
     "free-at": FREE,
     "grad-align": replace(BASE, threat=replace(ONE_STEP, start="zero", mode="batch")),
 }
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 @pytest.mark.parametrize("name", EVERY)

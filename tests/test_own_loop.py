@@ -7,17 +7,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import clat
 from clat import CLAT, InputError, IntegrityError
 from clat.network import same_bits, snapshot
 from clat.objectives import Clat
-
-
-def test_the_names_of_the_design_are_offered():
-    for name in ("CLAT", "Threat", "ascend", "layers", "criticality", "top", "LayerScore", "Objective", "Tuner",
-                 "build_model", "load_data", "train", "evaluate"):  # fmt: skip
-        assert name in clat.__all__
-    assert all(hasattr(clat, name) for name in clat.__all__)
 
 
 def test_a_users_loop(tiny, blobs):
