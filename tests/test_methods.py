@@ -51,6 +51,14 @@ def test_a_killed_run_ends_bit_identical(recipe, blobs, tmp_path):
     assert same_tensors(whole.last, killed.last)
 
 
+def test_the_optimizer_has_the_settings_of_the_recipe():
+    recipe = replace(BASE, nesterov=True, momentum=0.8, weight_decay=3e-4, lr=0.02)
+    (group,) = make_optimizer(recipe, Plain()).param_groups
+    assert {key: group[key] for key in ("nesterov", "momentum", "weight_decay", "lr")} == {
+        "nesterov": True, "momentum": 0.8, "weight_decay": 3e-4, "lr": 0.02,
+    }  # fmt: skip
+
+
 def test_free_at_steps_once_a_replay(blobs, tmp_path, monkeypatch):
     steps, real = [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: steps.append(1) or real(self, *a))

@@ -293,6 +293,9 @@ SHARED = replace(
     threat=Threat(eps=0.5, step=0.2, steps=2, start="zero", norm="l2"),
     critical=Critical(k=2, every=1),
 )
+# One step with batch statistics. Running statistics are averaged at the end of an epoch; before that each process has its
+# own, which the attack of a second step would already see (1e-4 of the mean here).
+SHARED_STATISTICS = replace(SHARED, epochs=1, batch_size=180, critical=Critical(k=1, norm_statistics="selected"))
 SHARED_WHOLE = replace(BASE, batch_size=60, augment=False, precision="fp32", threat=SHARED.threat, health=False)
 
 
@@ -304,6 +307,7 @@ def without_norms() -> nn.Module:
 def train_shared(data: Dataset, folder: Path) -> None:
     train(SHARED, network(), data, out=folder / "critical")
     train(SHARED_WHOLE, without_norms(), data, out=folder / "whole")
+    train(SHARED_STATISTICS, network(), data, out=folder / "statistics")
 
 
 TWO = """
@@ -320,7 +324,8 @@ train_shared(Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "trai
 def test_two_processes_train_as_one_does(blobs, tmp_path):
     """At the same global batch: each attacks its half, gradients are averaged, so the weights are those of one.
 
-    Slow (20 s): torchrun imports torch three times. No other test sees gradients averaged.
+    Slow (20 s alone, more on a busy machine): torchrun imports torch three times. No other test sees gradients and
+    running statistics averaged.
     """
     torch.save((blobs.pixels, blobs.labels), tmp_path / "data.pt")
     script = tmp_path / "run.py"
@@ -343,3 +348,8 @@ def test_two_processes_train_as_one_does(blobs, tmp_path):
         other = tensors(two.last)
         for key, tensor in tensors(one.last).items():
             assert (tensor - other[key]).float().norm() <= 1e-5 * tensor.float().norm(), key
+    one, two = (tensors(tmp_path / count / "statistics/last.safetensors") for count in ("one", "two"))
+    (norm,) = Run(tmp_path / "one/statistics").selections[0].training
+    mean = f"{norm}.running_mean"
+    assert not torch.equal(one[mean], tensors(tmp_path / "one/critical/last.safetensors")[mean])  # it moved
+    assert (one[mean] - two[mean]).norm() <= 1e-5 * one[mean].norm()
