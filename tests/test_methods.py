@@ -57,6 +57,8 @@ def test_the_optimizer_has_the_settings_of_the_recipe():
     assert {key: group[key] for key in ("nesterov", "momentum", "weight_decay", "lr")} == {
         "nesterov": True, "momentum": 0.8, "weight_decay": 3e-4, "lr": 0.02,
     }  # fmt: skip
+    (group,) = make_optimizer(replace(recipe, optimizer="adamw", nesterov=False), Plain()).param_groups
+    assert (group["weight_decay"], group["lr"]) == (3e-4, 0.02)
 
 
 def test_free_at_steps_once_a_replay(blobs, tmp_path, monkeypatch):
@@ -149,6 +151,7 @@ train(replace(AWP, average=Average(decay=0.9)), model, data, out={out!r})
 
 
 def test_two_processes_end_with_equal_weights_under_awp_and_averaging(blobs, tmp_path):
+    """Slow (20 s alone): starts two processes of its own, in which AWP and averaging could drift apart."""
     torch.save((blobs.pixels, blobs.labels), tmp_path / "data.pt")
     script, out = tmp_path / "run.py", str(tmp_path / "run")
     script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), data=str(tmp_path / "data.pt"), out=out))

@@ -44,6 +44,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("hub")
 def test_the_commands_run_in_order(capsys):
+    """Slow (20 s alone): every command of the page runs, the trust battery among them."""
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("clat ")]
     assert len(lines) == 9
     for line in lines:

@@ -429,6 +429,7 @@ def test_clat_keeps_little_more_than_half_of_what_pgd_at_keeps(bench, precision)
 
 
 def test_the_bench_runs(bench, tmp_path):
+    """Slow (10 s alone): real steps of seven contestants; make bench itself takes half an hour."""
     run, times = bench("run"), bench("times")
     small = {"device": "cpu", "batch": 4, "repeats": 2, "width": 8}
     parts = {

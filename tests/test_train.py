@@ -134,6 +134,7 @@ print("finished", flush=True)
 
 @pytest.mark.parametrize("name", ["whole", "critical"])
 def test_a_run_killed_at_random_moments_ends_bit_identical(name, blobs, tmp_path):
+    """Slow (30 s alone): ten processes; only real kills show that no moment of a run is special."""
     torch.save((blobs.pixels, blobs.labels), tmp_path / "data.pt")
 
     def start(out):
@@ -293,8 +294,8 @@ SHARED = replace(
     threat=Threat(eps=0.5, step=0.2, steps=2, start="zero", norm="l2"),
     critical=Critical(k=2, every=1),
 )
-# One step with batch statistics. Running statistics are averaged at the end of an epoch; before that each process has its
-# own, which the attack of a second step would already see (1e-4 of the mean here).
+# One step with batch statistics. Running statistics are averaged at the end of an epoch; before that each process has
+# its own, which the attack of a second step would already see (1e-4 of the mean here).
 SHARED_STATISTICS = replace(SHARED, epochs=1, batch_size=180, critical=Critical(k=1, norm_statistics="selected"))
 SHARED_WHOLE = replace(BASE, batch_size=60, augment=False, precision="fp32", threat=SHARED.threat, health=False)
 
