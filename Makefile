@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: demo test bench lint format
+.PHONY: demo test bench docs lint format
 
 demo: .venv
 	$(BIN)/clat demo --overwrite
@@ -14,6 +14,10 @@ test: .venv lint
 bench: .venv
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	TQDM_DISABLE=1 $(BIN)/python bench/run.py
+
+docs: .venv
+	$(BIN)/python tools/make_flags.py
+	$(BIN)/python tools/docs.py
 
 lint: .venv
 	$(BIN)/ruff check src tests tools bench

@@ -1,26 +1,10 @@
-"""The tables of docs/performance.md, made from results/bench.json and results/memory.json."""
+"""The tables of docs/performance.md, made from results/bench.json and results/memory.json by `make docs`."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Parts = dict[str, Any]
-
-
-def tables(parts: Parts) -> dict[str, list[str]]:
-    """Each table by name, line by line."""
-    return {
-        "steps": steps(parts),
-        "peers": peers(parts["peers"]),
-        "attack steps": by_steps(parts["by attack steps"]),
-        "depth": by_depth(parts["by depth"]),
-        "batch": by_batch(parts["by batch"]),
-        "layout": layouts(parts),
-        "kept": memory([parts["kept fp32"], parts["kept bf16"]]),
-        "memory": memory([parts["memory fp32"], parts["memory bf16"]]),
-        "memory by layers": memory_by_layers(parts["memory by layers"]),
-        "others": others(parts),
-    }
 
 
 def seconds(row: dict[str, Any], name: str) -> float:
@@ -86,14 +70,6 @@ def by_depth(row: dict[str, Any]) -> list[str]:
     return [f"| selected layer | {header} |", "|---|" + "---|" * len(names), f"| CLAT feature / PGD-AT | {cells} |"]
 
 
-def by_batch(row: dict[str, Any]) -> list[str]:
-    lines = ["| batch | " + " | ".join(map(str, row["sizes"])) + " |", "|---|" + "---|" * len(row["sizes"])]
-    for name, title in {"pgd-at": "PGD-AT", "clat feature": "CLAT feature"}.items():
-        cells = [f"{1000 * seconds(row, f'{name} {size}') / size:.0f}" for size in row["sizes"]]
-        lines.append(f"| {title}, ms an image | " + " | ".join(cells) + " |")
-    return lines
-
-
 def layouts(parts: Parts) -> list[str]:
     found = [row for name, row in parts.items() if name.startswith("layout ")]
     lines = ["| network | " + " | ".join(row["network"] for row in found) + " |", "|---|" + "---|" * len(found)]
@@ -110,27 +86,29 @@ def memory(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def memory_by_layers(row: dict[str, Any]) -> list[str]:
-    depths = list(row["forward"])
-    lines = ["| convolutions | " + " | ".join(map(str, depths)) + " |", "|---|" + "---|" * len(depths)]
-    for name, title in {"forward": "a forward pass", "criticality": "criticality of all layers"}.items():
-        lines.append(f"| {title}, MiB | " + " | ".join(f"{row[name][depth] / 2**20:.0f}" for depth in depths) + " |")
-    return lines
-
-
 def others(parts: Parts) -> list[str]:
-    compiled, processes = parts["compiled"], parts["by processes"]
+    compiled, layers = parts["compiled"], parts["memory by layers"]
+    depth = list(layers["criticality"])[-1]
+    grown = " and ".join(f"{layers[what][depth] / 2**20:.0f}" for what in ("criticality", "forward"))
     return [
         "| what | measured |",
         "|---|---|",
-        "| selection (attack and criticality of all layers, 100 images) on DenseNet-121 / an epoch of PGD-AT on 50,000 "
+        "| selection on DenseNet-121 (attack and criticality of all layers, 100 images) / an epoch of PGD-AT on 50,000 "
         f"images | {100 * parts['criticality']['share_of_epoch']:.2f} % |",
+        f"| memory of the criticality of {depth} convolutions, and of one forward pass | {grown} MiB |",
         f"| share of PGD-AT's time in convolutions, ResNet-18 | {100 * parts['convolutions']['share']:.0f} % |",
         f"| PGD-AT step uncompiled / compiled, ResNet-18 | {span(compiled['eager / compiled'])} |",
         f"| first compiled step | {compiled['first_step_seconds']:.0f} s |",
-        *(
-            f"| epoch of 512 images, ResNet-18 of width 16, two cores, processes: {name.split()[0]} "
-            f"| {seconds(processes, name):.1f} s |"
-            for name in processes["seconds"]
-        ),
     ]
+
+
+TABLES: dict[str, Callable[[Parts], list[str]]] = {
+    "steps": steps,
+    "depth": lambda parts: by_depth(parts["by depth"]),
+    "attack steps": lambda parts: by_steps(parts["by attack steps"]),
+    "peers": lambda parts: peers(parts["peers"]),
+    "layout": layouts,
+    "kept": lambda parts: memory([parts["kept fp32"], parts["kept bf16"]]),
+    "peak memory": lambda parts: memory([parts["memory fp32"], parts["memory bf16"]]),
+    "others": others,
+}

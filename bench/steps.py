@@ -1,25 +1,26 @@
-"""What the bench times: training steps of this library, of other libraries, and the bare arithmetic under each."""
+"""The steps that the bench times: those of this library, and the bare arithmetic under each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from clat import build_model
-from clat.compute import autocast
+from clat.compute import Precision, autocast
 from clat.data.dataset import augment, to_unit
 from clat.layers import trace
 from clat.models import Normalized
-from clat.objectives import Clat
+from clat.objectives import Clat, Objective, PgdAt
+from clat.threat import Threat
 from clat.training.method import Method
 from clat.training.optimizer import make_optimizer
 from clat.training.recipe import Recipe
-from clat.tuners import Critical, Selection
+from clat.tuners import Critical, Selection, Tuner, Whole
 
 Step = Callable[[], Any]
 
@@ -35,9 +36,20 @@ SELECTIONS = {
     "wrn34-10": (26, 1),
 }
 
-PGD_AT = Recipe(holdout=1, precision="auto")
-FEATURE = replace(PGD_AT, objective=Clat(attack="feature"), tuner=Critical())
-LABEL = replace(FEATURE, objective=Clat(attack="label"))
+
+@dataclass(frozen=True)
+class Training:
+    """What a step trains with."""
+
+    objective: Objective
+    tuner: Tuner
+    threat: Threat = field(default_factory=Threat)
+    precision: Precision = "auto"  # what the device computes in natively
+
+
+PGD_AT = Training(PgdAt(), Whole())
+FEATURE = Training(Clat(attack="feature"), Critical())
+LABEL = Training(Clat(attack="label"), Critical())
 
 
 def network(name: str, device: str, **options: Any) -> Normalized:
@@ -63,10 +75,10 @@ def layer_names(model: nn.Module, indices: Sequence[int]) -> list[str]:
 # This library
 
 
-def ours(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor, selected: Sequence[int] = ()) -> Step:
+def ours(training: Training, model: nn.Module, pixels: Tensor, y: Tensor, selected: Sequence[int] = ()) -> Step:
     """A step of the training loop, from uint8 pixels to the moved weights; CLAT's with these layers selected."""
     x = to_unit(pixels)
-    method = Method(model, recipe.objective, recipe.tuner, recipe.threat, precision=recipe.precision)
+    method = Method(model, training.objective, training.tuner, training.threat, precision=training.precision)
     if selected:
         names = layer_names(model, selected)
         prefixes = tuple(f"{name}." for name in names)
@@ -74,7 +86,7 @@ def ours(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor, selected: 
         method.take(Selection(epoch=1, layers=tuple(names), trainable=trainable))
     else:
         method.select(x, y)
-    optimizer = make_optimizer(recipe, model)
+    optimizer = make_optimizer(Recipe(), model)
 
     def step() -> None:
         x = to_unit(augment(pixels))
@@ -86,15 +98,17 @@ def ours(recipe: Recipe, model: nn.Module, pixels: Tensor, y: Tensor, selected: 
 # The bare arithmetic: the same passes through the same network in the same precision and layout, and nothing else
 
 
-def pgd_at_floor(model: nn.Module, pixels: Tensor, y: Tensor, steps: int = STEPS) -> Step:
+def pgd_at_floor(
+    model: nn.Module, pixels: Tensor, y: Tensor, *, steps: int = STEPS, precision: Precision = "auto"
+) -> Step:
     """``steps`` forward passes with a gradient to the images, then one forward and one full backward pass."""
     x = to_unit(pixels)
 
     def step() -> None:
-        with frozen(model), autocast(x.device, PGD_AT.precision):
+        with frozen(model), autocast(x.device, precision):
             ascend_floor(lambda z: F.cross_entropy(model(z), y), x, steps)
         model.train()
-        with autocast(x.device, PGD_AT.precision):
+        with autocast(x.device, precision):
             loss = F.cross_entropy(model(x), y)
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -103,7 +117,14 @@ def pgd_at_floor(model: nn.Module, pixels: Tensor, y: Tensor, steps: int = STEPS
 
 
 def clat_floor(
-    model: Normalized, pixels: Tensor, y: Tensor, selected: Sequence[int], *, feature: bool, steps: int = STEPS
+    model: Normalized,
+    pixels: Tensor,
+    y: Tensor,
+    selected: Sequence[int],
+    *,
+    feature: bool,
+    steps: int = STEPS,
+    precision: Precision = "auto",
 ) -> Step:
     """The same for CLAT: its passes through a network that is cut off at the deepest selected layer.
 
@@ -114,7 +135,7 @@ def clat_floor(
     names = [name.removeprefix("network.") for name in layer_names(model, selected)]
     model.eval()
     until = create_feature_extractor(model.network, {name: name for name in names})
-    output = _nodes(model.network)[-1]
+    output = get_graph_node_names(model.network)[1][-1]  # of the graph in eval mode
     whole = create_feature_extractor(model.network, {name: name for name in [*names, output]})
     x = to_unit(pixels)
     trained = [parameter for name in names for parameter in model.network.get_submodule(name).parameters()]
@@ -122,26 +143,26 @@ def clat_floor(
     def normalise(z: Tensor) -> Tensor:
         return (z - model.mean) / model.std
 
-    def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
-        parts = [(second[name].float() - first[name].float()).flatten(1).norm(dim=1) for name in names]
-        return torch.stack(parts).sum()
+    def attack() -> None:
+        if feature:
+            with torch.no_grad():
+                clean = until(normalise(x))
+            ascend_floor(lambda z: distance(clean, until(normalise(z))), x + 0.01, steps)
+        else:
+            ascend_floor(lambda z: F.cross_entropy(model(z), y), x, steps)
 
     def step() -> None:
-        with frozen(model, until, whole), autocast(x.device, FEATURE.precision):
-            if feature:
-                with torch.no_grad():
-                    clean = until(normalise(x))
-                ascend_floor(lambda z: distance(clean, until(normalise(z))), x + 0.01, steps)
-            else:
-                ascend_floor(lambda z: F.cross_entropy(model(z), y), x, steps)
+        with frozen(model, until, whole), autocast(x.device, precision):
+            attack()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        with autocast(x.device, FEATURE.precision):
+        with autocast(x.device, precision):
             found = whole(normalise(x))
+            features = {name: found[name] for name in names}
             other = until(normalise(x + 0.01))
-            loss = F.cross_entropy(found[output], y) + 0.01 * distance(found, other) / len(y)
+            loss = F.cross_entropy(found[output], y) + 0.01 * distance(features, other).mean()
         loss.backward()
         for parameter in trained:
             parameter.grad = None
@@ -149,14 +170,20 @@ def clat_floor(
     return step
 
 
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+    """Eq. 7: one value an image."""
+    parts = [(second[name].float() - first[name].float()).flatten(1).norm(dim=1) for name in first]
+    return torch.stack(parts).sum(dim=0)
+
+
 def ascend_floor(cost: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> None:
     for _ in range(steps):
         z = x.detach().requires_grad_()
-        torch.autograd.grad(cost(z), z)
+        torch.autograd.grad(cost(z).sum(), z)
 
 
 @contextmanager
-def frozen(model: nn.Module, *also: nn.Module) -> Any:
+def frozen(model: nn.Module, *also: nn.Module) -> Iterator[None]:
     """Eval mode and no parameter gradients, afterwards parameter gradients again."""
     for module in (model, *also):
         module.eval()
@@ -165,69 +192,3 @@ def frozen(model: nn.Module, *also: nn.Module) -> Any:
     yield
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-
-
-def _nodes(model: nn.Module) -> list[str]:
-    from torchvision.models.feature_extraction import get_graph_node_names
-
-    return get_graph_node_names(model)[1]
-
-
-# Other libraries, each as its documentation shows
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-
-def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    model.train()
-    loss = F.cross_entropy(model(x), y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def by_torchattacks(model: nn.Module, pixels: Tensor, y: Tensor) -> Step:
-    import torchattacks
-
-    attack = torchattacks.PGD(model, eps=EPS, alpha=LENGTH, steps=STEPS)
-    optimizer, x = sgd(model), to_unit(pixels)
-    return lambda: train_on(model, optimizer, attack(x, y), y)
-
-
-def by_foolbox(model: nn.Module, pixels: Tensor, y: Tensor) -> Step:
-    import foolbox
-
-    optimizer, x = sgd(model), to_unit(pixels)
-    attack = foolbox.attacks.LinfPGD(abs_stepsize=LENGTH, steps=STEPS)
-
-    def step() -> None:
-        wrapped = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=x.device)
-        _, attacked, _ = attack(wrapped, x, y, epsilons=EPS)
-        train_on(model, optimizer, attacked, y)
-
-    return step
-
-
-def by_art(model: nn.Module, pixels: Tensor, y: Tensor) -> Step:
-    from art.defences.trainer import AdversarialTrainerMadryPGD
-    from art.estimators.classification import PyTorchClassifier
-
-    classifier = PyTorchClassifier(
-        model,
-        loss=nn.CrossEntropyLoss(),
-        optimizer=sgd(model),
-        input_shape=(3, 32, 32),
-        nb_classes=10,
-        clip_values=(0, 1),
-        device_type="gpu" if pixels.is_cuda else "cpu",
-    )
-    trainer = AdversarialTrainerMadryPGD(
-        classifier, nb_epochs=1, batch_size=len(y), eps=EPS, eps_step=LENGTH, max_iter=STEPS, num_random_init=1
-    )
-    x, labels = to_unit(pixels).cpu().numpy(), F.one_hot(y, 10).cpu().numpy()
-    return lambda: trainer.fit(x, labels)
-
-
-PEERS = {"torchattacks": by_torchattacks, "foolbox": by_foolbox, "adversarial-robustness-toolbox": by_art}

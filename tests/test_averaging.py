@@ -3,20 +3,18 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from clat.checkpoint import load_checkpoint, load_tensors
 from clat.cli.main import main
 from clat.errors import InputError
 from clat.evaluation.evaluate import evaluate
-from clat.models import build_model
 from clat.network import same_bits, snapshot
 from clat.threat import Threat
 from clat.training import saving
 from clat.training.averaging import Average, Averaged
 from clat.training.loop import train
 from clat.training.recipe import Recipe
-from conftest import Plain, dies_before, same_tensors
+from conftest import Plain, dies_before, network, same_tensors
 
 RECIPE = Recipe(
     epochs=3, batch_size=60, lr=0.05, holdout=60, validation_steps=2, health=False, augment=False, precision="fp32",
@@ -73,10 +71,6 @@ def test_without_settings_nothing_is_swapped():
 
 @pytest.mark.parametrize("average", [Average(decay=0.8), Average(kind="swa", start=2)], ids=["ema", "swa"])
 def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(average, blobs, tmp_path, monkeypatch):
-    def network():
-        torch.manual_seed(0)
-        return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
-
     monkeypatch.setattr(saving, "best_epoch", lambda metrics, recipe: metrics[-1]["epoch"])
     recipe = replace(RECIPE, average=average)
     run = train(recipe, network(), blobs, out=tmp_path / "run")
@@ -104,10 +98,6 @@ def test_values_out_of_range_are_refused(keys):
 
 def test_the_averaged_last_is_kept_evaluated_and_mended(blobs, tmp_path, monkeypatch, capsys):
     """Where the best is the first epoch, ``averaged`` alone holds the average after the last one."""
-
-    def network():
-        torch.manual_seed(0)
-        return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
     monkeypatch.setattr(saving, "best_epoch", lambda metrics, recipe: 1)
     run = train(RECIPE, network(), blobs, out=tmp_path / "run")
@@ -137,7 +127,6 @@ def test_the_averaged_last_is_kept_evaluated_and_mended(blobs, tmp_path, monkeyp
 
 
 def test_before_the_start_and_without_averaging_there_is_no_average_to_keep(blobs, tmp_path):
-    torch.manual_seed(0)
     later = replace(RECIPE, epochs=1, average=Average(start=2))
     for name, recipe in (("later", later), ("none", replace(RECIPE, epochs=1, average=None))):
         run = train(recipe, Plain(), blobs, out=tmp_path / name)

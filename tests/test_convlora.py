@@ -19,18 +19,13 @@ from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.tuners import ConvLora
 from clat.tuners.convlora import adapted_layers, merge, merged_state
-from conftest import dies_before, same_tensors
+from conftest import dies_before, network, same_tensors
 
 THREAT = Threat(eps=0.1, step=0.05, steps=2)
 RECIPE = Recipe(
     objective=PgdAt(), tuner=ConvLora(), threat=THREAT, validation_steps=2, epochs=3, batch_size=60, holdout=60,
     optimizer="adamw", lr=1e-3, weight_decay=0.0, health=False,
 )  # fmt: skip
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 class Many(nn.Module):

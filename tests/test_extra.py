@@ -6,12 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from clat.checkpoint import load_checkpoint
 from clat.data.dataset import to_unit
 from clat.errors import InputError
-from clat.models import build_model
 from clat.network import predict
 from clat.objectives import Clean
 from clat.threat import Threat
@@ -20,17 +18,12 @@ from clat.training.extra import Extra
 from clat.training.loop import train
 from clat.training.processes import started
 from clat.training.recipe import Recipe
-from conftest import dies_before, same_tensors
+from conftest import dies_before, network, same_tensors
 
 BASE = Recipe(
     objective=Clean(), threat=Threat(eps=0.1, step=0.05, steps=2), validation_steps=2, epochs=3, batch_size=60,
     holdout=60, lr=0.05, health=False,
 )  # fmt: skip
-
-
-def network(classes: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model("rn18", classes, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 @pytest.fixture

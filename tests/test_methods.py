@@ -7,11 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from clat.checkpoint import load_tensors
 from clat.errors import InputError
-from clat.models import build_model
 from clat.network import same_bits
 from clat.objectives import Clat, FastAt, FreeAt, GradAlign, Mart, Score, Trades
 from clat.threat import Threat
@@ -20,7 +18,7 @@ from clat.training.loop import train
 from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from clat.training.recipe import Recipe
 from clat.tuners import Critical
-from conftest import Plain, dies_before, same_tensors
+from conftest import Plain, dies_before, network, same_tensors
 
 ONE_STEP = Threat(eps=0.1, step=0.1, steps=1)
 BASE = Recipe(epochs=3, batch_size=60, lr=0.05, holdout=60, threat=ONE_STEP, validation_steps=2, health=False)
@@ -35,11 +33,6 @@ EVERY = {
     "free-at": FREE,
     "grad-align": replace(BASE, objective=GradAlign(), threat=replace(ONE_STEP, start="zero", mode="batch")),
 }
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -57,6 +50,16 @@ def test_a_killed_run_ends_bit_identical(recipe, blobs, tmp_path):
         train(recipe, network(), blobs, out=tmp_path / "killed")
     killed = train(recipe, network(), blobs, out=tmp_path / "killed", resume=True)
     assert same_tensors(whole.last, killed.last)
+
+
+def test_the_optimizer_has_the_settings_of_the_recipe():
+    recipe = replace(BASE, nesterov=True, momentum=0.8, weight_decay=3e-4, lr=0.02)
+    (group,) = make_optimizer(recipe, Plain()).param_groups
+    assert {key: group[key] for key in ("nesterov", "momentum", "weight_decay", "lr")} == {
+        "nesterov": True, "momentum": 0.8, "weight_decay": 3e-4, "lr": 0.02,
+    }  # fmt: skip
+    (group,) = make_optimizer(replace(recipe, optimizer="adamw", nesterov=False), Plain()).param_groups
+    assert (group["weight_decay"], group["lr"]) == (3e-4, 0.02)
 
 
 def test_free_at_steps_once_a_replay(blobs, tmp_path, monkeypatch):
@@ -149,6 +152,7 @@ train(replace(AWP, average=Average(decay=0.9)), model, data, out={out!r})
 
 
 def test_two_processes_end_with_equal_weights_under_awp_and_averaging(blobs, tmp_path):
+    """Slow (20 s alone): starts two processes of its own, in which AWP and averaging could drift apart."""
     torch.save((blobs.pixels, blobs.labels), tmp_path / "data.pt")
     script, out = tmp_path / "run.py", str(tmp_path / "run")
     script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), data=str(tmp_path / "data.pt"), out=out))

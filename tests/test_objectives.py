@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from clat.errors import InputError
 from clat.network import same_bits, snapshot
@@ -425,12 +426,30 @@ def test_free_at_gives_a_larger_batch_new_rows(plain):
     assert (threat.distance(x_adv, x) > 0.05).all()
 
 
-def test_the_probe_of_fast_at_is_a_stronger_attack_than_its_own(plain, images):
+class Valley(nn.Module):
+    """Of one pixel: class 0 wins everywhere but within 0.07 of 0.6."""
+
+    def forward(self, x):
+        margin = 100 * (x.flatten(1) - 0.6).square() - 0.5
+        return torch.cat([margin, torch.zeros_like(margin)], dim=1)
+
+
+def test_the_probe_of_fast_at_breaks_what_its_own_attack_steps_over():
+    """From 0.5, the one step of the training attack ends at 0.7, beyond the valley; steps of eps / 4 end in it."""
+    model, threat = Valley(), Threat(eps=0.2, step=0.25, steps=1, start="zero")
+    x, y = torch.full((8, 1, 1, 1), 0.5), torch.zeros(8, dtype=torch.long)
+    x_adv = threat.project(FastAt().perturb(model, x, y, threat), x)
+    torch.testing.assert_close(x_adv, torch.full_like(x, 0.7))
+    assert (model(x_adv).argmax(1) == y).all()
+    assert not FastAt().probe(model, x, y, threat).any()
+
+
+def test_the_probe_of_fast_at_runs_in_eval_mode_and_leaves_the_network_in_its_own(plain, images):
     x, y = images
     plain.train()
-    flags = [module.training for module in plain.modules()]
+    buffers = {name: buffer.clone() for name, buffer in plain.named_buffers()}
     right = FastAt().probe(plain, x, y, Threat(eps=0.5, step=0.6, steps=1, mode="train"))
     assert right.dtype == torch.bool
     assert right.shape == (6,)
-    assert right.sum() <= (plain.eval()(x).argmax(1) == y).sum()
-    assert flags == [True] * len(flags)
+    assert all(module.training for module in plain.modules())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in plain.named_buffers())

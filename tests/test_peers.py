@@ -129,6 +129,7 @@ def test_the_parts_of_autoattack_leave_the_images_that_pyautoattack_leaves(names
 
 
 def test_autoattack_is_pyautoattacks_standard_version(model, data):
+    """Slow (20 s): Square asks 5,000 times, twice. Nothing shorter shows that the parts have their published steps."""
     few = data.subset(torch.arange(8))
     ours = peers.through_evaluate(model, few, autoattack(EPS, 10))
     assert ours == peers.by_pyautoattack(model, few, EPS)

@@ -44,6 +44,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("hub")
 def test_the_commands_run_in_order(capsys):
+    """Slow (20 s alone): every command of the page runs, the trust battery among them."""
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("clat ")]
     assert len(lines) == 9
     for line in lines:
@@ -70,8 +71,3 @@ def test_the_make_targets_exist():
     assert targets == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-
-
-def test_links_lead_somewhere():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link

@@ -17,18 +17,13 @@ from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.tuners import Rift, Whole
 from clat.tuners.rift import Point, choose, risk, worst_risk
-from conftest import dies_before, same_tensors
+from conftest import dies_before, network, same_tensors
 
 THREAT = Threat(eps=0.1, step=0.05, steps=2)
 RECIPE = Recipe(
     objective=Clean(), tuner=Rift(batch=40, passes=2), threat=THREAT, validation_steps=2, epochs=3,
     batch_size=60, holdout=60, lr=0.02, select_by="clean", health=False,
 )  # fmt: skip
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return build_model("rn18", 3, channels=1, width=8, mean=[0.3], std=[0.2])
 
 
 class Two(nn.Module):

@@ -1,10 +1,11 @@
 """What is done for speed changes no result, for any of the paper's networks."""
 
+import importlib
 import io
+import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from clat.models import build_model
 from clat.objectives import Clat
 from clat.threat import Threat, ascend
 from clat.training.loop import train
-from test_train import CLAT, network
+from conftest import network
+from test_train import CLAT
 
 SMALL = {
     "rn18": {"width": 8},
@@ -386,55 +388,110 @@ def test_a_run_keeps_what_was_settled_and_gives_the_network_back_in_its_own_layo
     assert (resumed.recipe["precision"], resumed.recipe["layout"]) == ("fp32", "contiguous")
 
 
-def test_the_floors_run_in_the_precision_of_their_contestants(monkeypatch):
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of bench/, by name."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    import steps
+    return importlib.import_module
 
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_floors_run_in_the_precision_and_layout_of_their_contestants(precision, layout, bench, monkeypatch):
+    steps = bench("steps")
     pixels, y = steps.images(2, "cpu")
     seen, kernels = set(), nn.Conv2d._conv_forward
-    monkeypatch.setattr(
-        nn.Conv2d, "_conv_forward", lambda *given: (output := kernels(*given), seen.add(output.dtype))[0]
-    )
-    for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
-        recipes = {name: replace(getattr(steps, name), precision=precision) for name in ("PGD_AT", "FEATURE")}
-        for name, recipe in recipes.items():
-            monkeypatch.setattr(steps, name, recipe)
-        made = partial(steps.network, "rn18", "cpu", width=4)
-        for contestant in (
-            steps.ours(recipes["PGD_AT"], made(), pixels, y),
-            steps.pgd_at_floor(made(), pixels, y, steps=1),
-            steps.clat_floor(made(), pixels, y, (11,), feature=True, steps=1),
-            steps.clat_floor(made(), pixels, y, (11,), feature=False, steps=1),
-        ):
-            seen.clear()
-            contestant()
-            assert seen == {dtype}
+
+    def watched(conv, x, weight, bias):
+        output = kernels(conv, x, weight, bias)
+        seen.add((output.dtype, conv.kernel_size == (1, 1) or weight.is_contiguous(memory_format=layout)))
+        return output
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", watched)
+    made = lambda: steps.network("rn18", "cpu", width=8).to(memory_format=layout)
+    keys = {"steps": 1, "precision": precision}
+    for contestant in (
+        steps.ours(replace(steps.PGD_AT, precision=precision), made(), pixels, y),
+        steps.ours(replace(steps.FEATURE, precision=precision), made(), pixels, y, (11,)),
+        steps.pgd_at_floor(made(), pixels, y, **keys),
+        steps.clat_floor(made(), pixels, y, (11,), feature=True, **keys),
+        steps.clat_floor(made(), pixels, y, (11,), feature=False, **keys),
+    ):
+        seen.clear()
+        contestant()
+        assert seen == {({"fp32": torch.float32, "bf16": torch.bfloat16}[precision], True)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_clat_keeps_little_more_than_half_of_what_pgd_at_keeps(monkeypatch, precision):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    import run as bench
-
-    kept = bench.kept_memory(16, precision, "cpu", width=8)["bytes"]  # of smaller batches the weights are a large part
+def test_clat_keeps_little_more_than_half_of_what_pgd_at_keeps(bench, precision):
+    # of smaller batches the weights are a large part
+    kept = bench("memory").kept_memory(16, precision, "cpu", width=8)["bytes"]
     assert max(kept["clat feature"], kept["clat label"]) <= 0.6 * kept["pgd-at"]
 
 
-def test_the_bench_runs(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    import run as bench
-
+def test_the_bench_runs(bench, tmp_path):
+    """Slow (10 s alone): real steps of seven contestants; make bench itself takes half an hour."""
+    run, times = bench("run"), bench("times")
     small = {"device": "cpu", "batch": 4, "repeats": 2, "width": 8}
     parts = {
-        "steps rn18": lambda: bench.steps_and_floors("rn18", **small),
-        "by depth": lambda: bench.by_depth((2, 11), **small),
+        "steps rn18": lambda: times.steps_and_floors("rn18", **small),
+        "by depth": lambda: times.by_depth((2, 11), **small),
     }
     target = tmp_path / "bench.json"
-    found = bench.run(parts, target, "cpu")
+    found = run.run(parts, target, "cpu")
     row = found["parts"]["steps rn18"]
     assert {len(seconds) for seconds in row["seconds"].values()} == {2}
     assert 0 < row["clat feature / pgd-at"]["low"] <= row["clat feature / pgd-at"]["high"]
-    assert 0 < bench.convolutions("cpu", 4, width=8)["share"] < 1
-    assert 2**20 < bench.in_own_process("criticality", 4) < 2**30
+    assert 0 < times.convolutions("cpu", 4, width=8)["share"] < 1
+    assert 2**20 < bench("memory").in_own_process("criticality", 4) < 2**30
     parts["steps rn18"] = lambda: pytest.fail("measured twice")
-    assert bench.run(parts, target, "cpu") == found
+    assert run.run(parts, target, "cpu") == found
+
+
+def test_the_bench_measures_what_its_page_shows(bench):
+    """Each part of ``bench/run.py`` is in the committed results, and no other."""
+    run, results = bench("run"), Path(__file__).parents[1] / "results"
+    for name, parts in {"bench": run.parts("cpu"), "memory": run.memory_parts("cpu")}.items():
+        assert set(json.loads((results / f"{name}.json").read_text())["parts"]) == set(parts)
+
+
+PEERS = {
+    "torchattacks": "torchattacks",
+    "foolbox": "foolbox",
+    "adversarial-robustness-toolbox": "art",
+}  # the package and its module
+
+
+@pytest.mark.parametrize(("package", "module"), PEERS.items())
+def test_a_step_with_another_library_attacks_and_trains(package, module, bench):
+    """The attacked batch that it trains on is in the ball and costs more than the clean one; the weights move."""
+    pytest.importorskip(module, reason=f"{package} is not installed: make bench installs it")
+    steps, libraries = bench("steps"), bench("libraries")
+    assert set(libraries.PEERS) == set(PEERS)
+    model = steps.network("rn18", "cpu", width=8).to(memory_format=torch.contiguous_format)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    pixels, y = steps.images(8, "cpu")
+    trained_on = []
+    model.register_forward_hook(lambda net, given, _: trained_on.append(given[0].detach()) if net.training else None)
+    libraries.PEERS[package](model, pixels, y)()
+    assert trained_on
+    x, z = pixels.float() / 255, trained_on[-1]
+    order = (x.flatten(1)[:, None] - z.flatten(1)[None]).abs().amax(2).argmin(0)  # ART shuffles the batch
+    distance = (z - x[order]).abs().amax()
+    assert 0.9 * steps.EPS < distance < steps.EPS + 1e-5
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+
+
+@pytest.mark.parametrize(("package", "module"), PEERS.items())
+def test_the_peers_part_times_each_library_beside_this_one(package, module, bench, monkeypatch):
+    pytest.importorskip(module, reason=f"{package} is not installed: make bench installs it")
+    times = bench("times")
+    monkeypatch.setattr(times, "PEERS", {package: times.PEERS[package]})
+    row = times.peers("cpu", 4, 2, width=8)
+    assert set(row["seconds"]) == {"clat", "clat fp32", package}
+    assert {len(seconds) for seconds in row["seconds"].values()} == {2}
+    found = row[f"{package} / clat"]
+    ratios = [a / b for a, b in zip(row["seconds"][package], row["seconds"]["clat"], strict=True)]
+    assert found["low"] == pytest.approx(min(ratios), abs=1e-3)
+    assert found["high"] == pytest.approx(max(ratios), abs=1e-3)
+    assert set(row["versions"]) == {package}

@@ -169,21 +169,6 @@ def compare(networks: dict[str, nn.Module], data: Dataset, few: Dataset, target:
                 print(name, part, json.dumps(done[part]), flush=True)
 
 
-def markdown(found: dict[str, Any]) -> list[str]:
-    """The table in docs/trust.md, line by line."""
-    lines = ["| network | attack | images | here | other library | images that differ |", "|---|---|---|---|---|---|"]
-    for network, parts in found["networks"].items():
-        for part, result in parts.items():
-            pairs = result if "clat" not in result else {"pyautoattack": result}
-            for library, pair in pairs.items() if part != "weights" else ():
-                if library != "seconds":
-                    ours, theirs = (f"{100 * pair[side]['accuracy']:.2f}" for side in ("clat", "peer"))
-                    attack = part.removesuffix(" as in pyautoattack")
-                    cells = f"{ours} | {library} {theirs} | {pair['images_that_differ']}"
-                    lines.append(f"| {network} | {attack} | {pair['clat']['n']} | {cells} |")
-    return lines
-
-
 def main(name: str, source: str, checkpoint: str, images: int = 512, autoattack_images: int = 512) -> None:
     test = load_data(source, "test")
     wheel = find_spec("pyautoattack")

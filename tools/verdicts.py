@@ -1,6 +1,6 @@
 """The verdict of clat trust on a CLAT run, and the adaptive attack's figure beside AutoAttack's.
 
-    python tools/verdicts.py NAME RUN BASE DATA EPS [IMAGES]     adds NAME to results/verdicts.json
+    python tools/verdicts.py NAME RUN BASE DATA EPS [IMAGES]     adds NAME to results/verdicts.json; then make docs
 
 PGD-20, AutoAttack (standard) and the attack through the selected layers run apart from each other on the same test
 images, drawn at random; so do their worst cases together. The trust battery runs on its own default number of images.
@@ -16,7 +16,6 @@ import torch
 from clat import evaluate, load_data, trust
 from clat.attacks import autoattack, pgd_threat, restarts, through_layers
 from clat.checkpoint import load_checkpoint
-from clat.cli.tables import percent
 from clat.evaluation.accuracy import worst_case
 from clat.files import write_text
 from clat.training.environment import environment
@@ -52,20 +51,6 @@ def main(name: str, run: str, base: str, source: str, eps: str, images: int = 25
     }
     rows = json.loads(TARGET.read_text()) if TARGET.exists() else {}
     write_text(TARGET, json.dumps({**rows, name: row}, indent=1) + "\n")
-    print("\n".join(markdown({**rows, name: row})))
-
-
-def markdown(rows: dict[str, Any]) -> list[str]:
-    """The table in docs/trust.md, line by line."""
-    lines = [
-        "| network | clean | PGD-20 | through the selected layers | AutoAttack | all together | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        figures = [row["clean"], *(result["robust"] for result in row["attacks"].values()), row["worst_case"]]
-        cells = " | ".join(percent(figure) for figure in figures)
-        lines.append(f"| {name} | {cells} | {row['verdict']['text']} |")
-    return lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""Writes the generated tables of README.md and docs/*.md between their markers: `make docs`.
+
+A table stands between ``<!-- made by make docs: NAME -->`` and ``<!-- end -->``, where NAME is a key of ``TABLES``. The
+tables come from results/*.json, from the recipes, from the command line's flags and from the code itself. What stands
+between the markers is never edited by hand: tests/test_docs.py fails when a table is stale.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
+
+import page  # noqa: E402 (found in bench/)
+
+from clat import build_model  # noqa: E402
+from clat.cli.tables import percent  # noqa: E402
+from clat.evaluation.accuracy import Accuracy  # noqa: E402
+from clat.evaluation.trust import CHECKS, NEEDED  # noqa: E402
+from clat.layers import trace  # noqa: E402
+from clat.models import MODELS  # noqa: E402
+
+Lines = list[str]
+BLOCK = re.compile(r"(<!-- made by make docs: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- (?:made by make docs: .+?|end) -->")
+
+
+def table(header: str, rows: list[Lines]) -> Lines:
+    """Markdown, line by line; the header's titles are separated by ``|``."""
+    titles = header.split("|")
+    lines = ["| " + " | ".join(title.strip() for title in titles) + " |", "|" + "---|" * len(titles)]
+    return [*lines, *("| " + " | ".join(cells) + " |" for cells in rows)]
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / f"results/{name}.json").read_text())
+
+
+def flags() -> Any:
+    return json.loads((ROOT / "src/clat/cli/flags.json").read_text())
+
+
+# From the results
+
+
+def plus_minus(accuracy: dict[str, Any]) -> str:
+    """Percent with half the 95 % interval."""
+    return f"{100 * accuracy['accuracy']:.1f} ± {50 * (accuracy['high'] - accuracy['low']):.1f}"
+
+
+def before_and_after() -> Lines:
+    """Each method alone and with CLAT on top."""
+    rows = {row["method"]: row for row in results("methods")["rows"]}
+    cells = []
+    for name, base in rows.items():
+        if after := rows.get(f"{name}+clat"):
+            share = f"{100 * after['trainable'] / rows['pgd-at']['trainable']:.0f} %"
+            accuracies = [plus_minus(row[key]) for key in ("clean", "robust") for row in (base, after)]
+            cells.append([f"`{name}`", *accuracies, share])
+    return table("trained with | clean | then CLAT | under PGD-20 | then CLAT | weights that CLAT trains", cells)
+
+
+def methods() -> Lines:
+    from compare_methods import markdown
+
+    return markdown(results("methods")["rows"])
+
+
+def screening() -> Lines:
+    from screen import markdown
+
+    return markdown(results("screening")["rows"])
+
+
+def full_size() -> Lines:
+    from full_size import markdown
+
+    return markdown(results("full-size")["rows"])
+
+
+def table_6() -> Lines:
+    from table6 import markdown
+
+    return markdown(results("table6"))
+
+
+def fewer_steps() -> Lines:
+    """The variants of results/cheaper.json, seeds pooled; every seed judges the same images."""
+    found = results("cheaper")
+    n, start = found["judged"], found["start"]
+    rows = [["before", "", f"{100 * start['clean'] / n:.1f}", percent(start["robust"]), ""]]
+    for row in found["rows"]:
+        changes = [each["beside_start"]["gained"] - each["beside_start"]["lost"] for each in row["seeds"]]
+        robust = ", ".join(f"{100 * Accuracy(each['robust'], n).value:.1f}" for each in row["seeds"])
+        cells = [row["variant"].split(",")[0], str(row["epochs"]), f"{100 * row['clean']:.1f}", robust]
+        rows.append([*cells, ", ".join(f"{change:+d}" for change in changes)])
+    return table("training attack | epochs | clean | robust, each seed | images gained or lost, each seed", rows)
+
+
+def verdicts() -> Lines:
+    rows = []
+    for name, row in results("verdicts").items():
+        figures = [row["clean"], *(found["robust"] for found in row["attacks"].values()), row["worst_case"]]
+        rows.append([name, *map(percent, figures), row["verdict"]["text"]])
+    return table(
+        "network | clean | PGD-20 | through the selected layers | AutoAttack | all together | verdict of `clat trust`",
+        rows,
+    )
+
+
+def same_attacks() -> Lines:
+    rows = []
+    for network, parts in results("peers")["networks"].items():
+        for part, found in parts.items():
+            if part == "weights":
+                continue
+            pairs = {"pyautoattack": found} if "clat" in found else found
+            for library, pair in pairs.items():
+                if library != "seconds":
+                    ours, theirs = (f"{100 * pair[side]['accuracy']:.2f}" for side in ("clat", "peer"))
+                    cells = [network, part.removesuffix(" as in pyautoattack"), str(pair["clat"]["n"]), ours]
+                    rows.append([*cells, f"{library} {theirs}", str(pair["images_that_differ"])])
+    return table("network | attack | images | here | other library | images that differ", rows)
+
+
+def bench(name: str) -> Lines:
+    return page.TABLES[name](results("bench")["parts"] | results("memory")["parts"])
+
+
+# From the code
+
+
+def recipes() -> Lines:
+    """Each recipe with its objective and tuner, and the first sentence of its file."""
+    rows = []
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        text = path.read_text()
+        keys = yaml.safe_load(text)
+        words = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+        sentence = re.split(r"\.\s+(?=[A-Z])", words)[0].removesuffix(".")
+        method = f"{keys['objective']} x {keys['tuner']}" + (" with awp" if "awp" in keys else "")
+        rows.append([f"[`{path.stem}`](../recipes/{path.name})", method, sentence])
+    return table("recipe | objective x tuner | what it is", rows)
+
+
+def recipe_keys() -> Lines:
+    rows = []
+    for entry in flags()["settings"]:
+        values = ", ".join(f"`{word}`" for word in entry.get("choices", ()))
+        rows.append([f"`{entry['name']}`", values or f"`{entry['metavar']}`", entry["help"]])
+    return [line.replace("true|false", "true or false") for line in table("key | values | what it does", rows)]
+
+
+def commands() -> Lines:
+    lines = []
+    for name, command in flags()["commands"].items():
+        lines += [f"### `clat {name}`", "", command["summary"], ""]
+        rows = []
+        for entry in command["arguments"]:
+            shown = entry["name"].upper() if entry.get("positional") else f"--{entry['name'].replace('_', '-')}"
+            rows.append([f"`{shown}`", entry["help"].replace("|", " or ")])
+        lines += [*table("argument | what it is", rows), ""]
+    return lines[:-1]
+
+
+@cache
+def networks() -> Lines:
+    """Parameters by name, counted on networks without memory."""
+    rows = []
+    for name in MODELS:
+        if name != "mixed":  # two of the others
+            counts = []
+            for classes in (10, 100):
+                with torch.device("meta"):
+                    network = build_model(name, classes).network
+                counts.append(f"{sum(parameter.numel() for parameter in network.parameters()):,}")
+            rows.append([f"`{name}`", *counts])
+    return table("name | parameters, 10 classes | 100 classes", rows)
+
+
+@cache
+def layer_numbers() -> Lines:
+    """ResNet-18's layers as the paper numbers them."""
+    with torch.device("meta"):
+        model = build_model("rn18", 10)
+    calls = trace(model, torch.empty(1, 3, 32, 32, device="meta"))
+    rows = [[str(call.index or ""), f"`{call.name}`", f"{call.parameters:,}"] for call in calls]
+    return table("number | layer of `rn18` | parameters", rows)
+
+
+def checks() -> Lines:
+    rows = [[f"`{check.id}`", check.title, check.threshold, check.source] for check in CHECKS]
+    return table("check | a sound network | threshold | source", rows)
+
+
+def needed_checks() -> Lines:
+    return [", ".join(f"`{check}`" for check in NEEDED) + "."]
+
+
+TABLES: dict[str, Callable[[], Lines]] = {
+    "before and after": before_and_after,
+    "methods": methods,
+    "screening": screening,
+    "full size": full_size,
+    "table 6": table_6,
+    "fewer steps": fewer_steps,
+    "verdicts": verdicts,
+    "same attacks": same_attacks,
+    "recipes": recipes,
+    "recipe keys": recipe_keys,
+    "commands": commands,
+    "networks": networks,
+    "layer numbers": layer_numbers,
+    "checks": checks,
+    "needed checks": needed_checks,
+    **{f"bench: {name}": partial(bench, name) for name in page.TABLES},
+}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def names(text: str) -> list[str]:
+    """The tables that a page asks for, in order.
+
+    Raises:
+        ValueError: a marker without its partner, or a name that is not in ``TABLES``
+    """
+    found = [match[2] for match in BLOCK.finditer(text)]
+    if len(MARKER.findall(text)) != 2 * len(found):
+        raise ValueError("a marker stands alone: each table needs <!-- made by make docs: NAME --> and <!-- end -->")
+    for name in found:
+        if name not in TABLES:
+            raise ValueError(f"no table is named {name!r}; tools/docs.py has {', '.join(TABLES)}")
+    return found
+
+
+def renewed(text: str) -> str:
+    """The page with each of its tables made again."""
+    names(text)
+    return BLOCK.sub(lambda match: match[1] + "\n".join(TABLES[match[2]]()) + "\n" + match[4], text)
+
+
+if __name__ == "__main__":
+    for path in pages():
+        before = path.read_text()
+        after = renewed(before)
+        if after != before:
+            path.write_text(after)
+            print(f"wrote {path.relative_to(ROOT)}")
