@@ -1,5 +1,6 @@
 """Comparison files: what they say, what a scale lays over it, and what is refused in one sentence."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 
 from clat.cli.arguments import parse
 from clat.cli.commands import COMMANDS
-from clat.compare.plan import comparison, comparison_path, load_comparison
+from clat.compare.plan import Comparison, comparison, comparison_path, load_comparison
 from clat.errors import InputError
 
 FOLDER = Path(__file__).parents[1] / "comparisons"
@@ -41,16 +42,20 @@ def changed(*where, to):
 
 def test_a_file_says_what_runs_and_from_where():
     found = comparison(WHOLE)
-    assert (found.question, found.model, found.seeds) == ("Which?", "rn18,width=2", (3, 4))
+    assert (found.question, found.arms[0].model, found.seeds) == ("Which?", "rn18,width=2", (3, 4))
     assert [(arm.name, arm.start, arm.checkpoint) for arm in found.arms] == [
         ("base", None, "best"),
         ("second", "first", "last"),
         ("first", "base", "best"),
         ("scratch", None, "best"),
     ]
-    assert found.arm("first").keys == {"epochs": 2, "threat": {"eps": "8/255", "steps": 5}, "critical": {"k": 2}}
-    assert (found.evaluation.eps, found.evaluation.of) == (pytest.approx(4 / 255), "test")
-    assert found.contrasts == (("first", "second"), ("first", "base"))
+    assert found.arm("first").keys["threat"] == {"eps": "8/255", "steps": 5}
+    assert found.arm("first").keys["critical"] == {"k": 2, "every": 10}  # every is in recipes/clat.yaml
+    assert (found.evaluations[0].eps, found.evaluations[0].of) == (pytest.approx(4 / 255), "test")
+    assert [tuple(map(str, pair)) for pair in found.contrasts] == [
+        ("first/best", "second/best"),
+        ("first/best", "base/best"),
+    ]
     with pytest.raises(InputError, match="no arm 'third'"):
         found.arm("third")
 
@@ -82,7 +87,7 @@ def test_every_comparison_loads_at_every_scale_and_its_recipes_are_recipes(path,
                 "train",
                 str(tmp_path / "recipe.yaml"),
                 "--model",
-                found.model,
+                arm.model,
                 "--data",
                 "none",
                 "--out",
@@ -127,7 +132,7 @@ def test_a_scale_is_laid_over_the_file():
         (changed("arms", "base", to={"recipe": "clat"}), "called base"),
         (changed("arms", "../up", to={"recipe": "clat"}), "use letters, digits and dashes"),
         (changed("evaluation", "tier", to="fast"), "tier is 'fast'; choose one of quick"),
-        (changed("evaluation", "of", to="train"), "of is 'train'; choose one of holdout"),
+        (changed("evaluation", "of", to="train"), "of is 'train'; choose one of held-out"),
         (changed("evaluation", "images", to=0), "images is 0"),
         (changed("evaluation", "images", to=True), "images must be a whole number"),
         (changed("evaluation", "eps", to="8/0"), "is not a number"),
@@ -135,6 +140,21 @@ def test_a_scale_is_laid_over_the_file():
         (changed("contrasts", to=[["first", "third"]]), "name two of base, second, first, scratch"),
         (changed("contrasts", to=[["first", "first"]]), "name two of"),
         (changed("contrasts", to=["first"]), "name two of"),
+        (changed("contrasts", to=[["first", "second/averaged"]]), "but arm second is measured at best, last"),
+        (changed("arms", "first", "at", to=["best", "first"]), "at is .*list some of best, last, averaged"),
+        (changed("arms", "first", "keys", to={"lr": -1}), "arm first: lr is -1"),
+        (changed("arms", "first", "keys", to={"trades": {"beta": 1}}), "arm first: trades keys are given"),
+        (changed("evaluation", to=[]), "evaluation lists none"),
+        (changed("evaluation", "steps", to=0), "steps is 0"),
+        (changed("evaluation", "images", to="many"), "images is 'many'"),
+        (changed("base", "model", to="mynet.py:make"), "which a file may not call; leave it out and give --model"),
+        (changed("base", "model", to="timm/resnet18,pretrained=true"), "may not have weights fetched"),
+        (changed("base", "model", to="rn18,normalise=0.5;0.5"), "may set normalise to none, data, imagenet"),
+        (changed("base", "model", to="rn18,width=[1"), "width=16"),
+        (changed("base", "model", to="runs/base"), "names a network 'runs/base' that clat does not know"),
+        (changed("base", "model", to="rn18,width=100000"), "width as 100000"),
+        (changed("networks", to={}), "networks names none"),
+        (changed("networks", to={"small": {"keys": {}}}), "network 'small': model is missing"),
         (changed("seeds", to=[]), "seeds are"),
         (changed("seeds", to=[1, 1]), "each once"),
         (changed("seeds", to=[-1]), "from 0 up"),
@@ -152,3 +172,47 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("question: [")
     with pytest.raises(InputError, match="no valid YAML"):
         load_comparison(str(tmp_path / "a.yaml"))
+
+
+def test_a_network_of_code_comes_from_the_call_alone():
+    content = changed("base", "model", to=None)
+    with pytest.raises(InputError, match="base: model is missing; name a network there, or give --model"):
+        comparison(content)
+    assert {arm.model for arm in comparison(content, model="mynet.py:make").arms} == {"mynet.py:make"}
+    assert comparison(WHOLE, model="mynet.py:make").arms[1].model == "mynet.py:make"
+
+
+def test_several_networks_repeat_the_arms_for_each():
+    networks = {
+        "a": {"model": "rn18,width=2"},
+        "b": {"model": "rn18,width=4", "arms": {"first": {"keys": {"lr": 0.5}}}},
+    }
+    found = comparison({**WHOLE, "networks": networks})
+    assert [arm.name for arm in found.arms] == [
+        f"{n}-{a}" for n in "ab" for a in ("base", "second", "first", "scratch")
+    ]
+    assert {arm.model for arm in found.arms if arm.name.startswith("b-")} == {"rn18,width=4"}
+    assert found.arm("b-first").keys["lr"] == 0.5 != found.arm("a-first").keys["lr"]
+    assert found.arm("b-second").start == "b-first"
+    assert [str(pair[0]) for pair in found.contrasts] == ["a-first/best"] * 2 + ["b-first/best"] * 2
+    with pytest.raises(InputError, match="--model goes with a file that has one"):
+        comparison({**WHOLE, "networks": networks}, model="rn18")
+
+
+def test_a_plan_comes_back_from_json():
+    found = comparison({**WHOLE, "evaluation": [WHOLE["evaluation"], {"images": "all"}], "notes": ["a"], "then": ["b"]})
+    assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_recipe_of_your_own_is_found_beside_the_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("objective: trades\nepochs: 7\n")
+    content = changed("arms", "scratch", to={"recipe": "mine.yaml", "keys": {"lr": 0.5}})
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    keys = load_comparison(str(tmp_path / "plan.yaml")).arm("scratch").keys
+    assert (keys["objective"], keys["epochs"], keys["lr"]) == ("trades", 2, 0.5)  # 2 is of the whole file
+
+
+def test_seeds_and_scale_of_the_call():
+    assert load_comparison("random-or-critical", "full", seeds=[7]).seeds == (7,)
+    with pytest.raises(InputError, match="each once"):
+        load_comparison("random-or-critical", seeds=[7, 7])

@@ -1,22 +1,27 @@
 """A comparison as its file says it: the question, the arms and where they start, the evaluation and the contrasts."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clat.compare.recipes import resolved
+from clat.compare.schema import check_model, entries_of, mapping, whole_list
 from clat.errors import InputError
 from clat.files import parse_yaml, read_text
+from clat.inputs import nearest, shown
 from clat.text import plain
 from clat.threat import fraction
-from clat.training.recipe import recipe_path
+from clat.training.recipe_files import laid_over, recipe_path
 
 Keys = dict[str, Any]  # of a recipe, as in its YAML
 
 BASE = "base"  # the name that arms call the base by
-CHECKPOINTS = ("best", "last")
+FULL = "full"  # the scale of a file without one of its ``scales``
+CHECKPOINTS = ("best", "last", "averaged")
 TIERS = ("quick", "standard", "full")
-IMAGES = ("holdout", "unused", "test")  # held out of training; neither trained on nor held out; the test split
+IMAGES = ("held-out", "unused", "test")  # held out of training; neither trained on nor held out; the test split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,22 +31,24 @@ class Arm:
     Args:
         name: unique in its comparison
         recipe: a recipe's name or file
-        keys: laid over the recipe, without the seed
+        keys: of the recipe with the arm's laid over, without the seed
+        model: the network, as ``--model`` takes it
         start: the arm that it goes on from, ``base`` among them; None from random weights
-        checkpoint: of that arm: best or last
+        checkpoint: of that arm: best, last or averaged
+        evaluated: the checkpoints that are measured
     """
 
     name: str
     recipe: str
     keys: Keys
+    model: str
     start: str | None = None
     checkpoint: str = "best"
+    evaluated: tuple[str, ...] = ("best", "last")
 
     def settings(self, seed: int) -> Keys:
-        """All keys of the run with this seed, the recipe's own among them."""
-        path = recipe_path(self.recipe)
-        own = _mapping(parse_yaml(read_text(path, "recipe"), path, "recipe"), f"The recipe {plain(path)}")
-        return _laid(_laid(own, self.keys), {"seed": seed})
+        """All keys of the run with this seed that differ from a recipe's defaults."""
+        return laid_over(self.keys, {"seed": seed})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +58,30 @@ class Evaluation:
     Args:
         tier: of the attack: quick, standard or full
         eps: radius of the attack, in pixels of [0, 1]
-        images: how many
-        of: which: holdout, unused (of the training split) or test
+        images: how many; None for all
+        of: which: held-out, unused (of the training split) or test
+        steps, starts: of the quick tier's PGD
+        precision: fp32 or bf16
     """
 
     tier: str = "standard"
     eps: float = 8 / 255
-    images: int = 1000
-    of: str = "holdout"
+    images: int | None = 1000
+    of: str = "held-out"
+    steps: int = 20
+    starts: int = 1
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a contrast: an arm at a checkpoint."""
+
+    arm: str
+    checkpoint: str
+
+    def __str__(self) -> str:
+        return f"{self.arm}/{self.checkpoint}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +90,31 @@ class Comparison:
 
     Args:
         question: what it should answer
-        model: the network of every arm, as ``--model`` takes it
-        arms: the base first, then the others in the file's order
-        contrasts: pairs of arms that are tested against one another, fixed before anything runs
+        arms: the base first, then the others in the file's order; of several networks, one network after the other
+        evaluations: the contrasts are tested on the first
+        contrasts: pairs that are tested against one another, fixed before anything runs
         seeds: each arm is trained with each
+        notes: what a reader has to know, such as where a paper contradicts itself
+        printed: figures that a paper prints, by the names that it gives its rows
+        then: commands that answer the rest of the question from the run folders
     """
 
     question: str
-    model: str
     arms: tuple[Arm, ...]
-    evaluation: Evaluation
-    contrasts: tuple[tuple[str, str], ...]
+    evaluations: tuple[Evaluation, ...]
+    contrasts: tuple[tuple[Side, Side], ...]
     seeds: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    printed: Mapping[str, Any] | None = None
+    then: tuple[str, ...] = ()
 
     def arm(self, name: str) -> Arm:
         """Raises InputError if there is none of that name."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
-        raise InputError(f"There is no arm {plain(name)!r}; choose one of {', '.join(arm.name for arm in self.arms)}.")
+        names = [arm.name for arm in self.arms]
+        raise InputError(f"There is no arm {shown(name)}; choose one of {', '.join(names)}.{nearest(name, names)}")
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
         """Every training run, arm and seed, each after the one that it goes on from."""
@@ -98,6 +127,23 @@ class Comparison:
                 done.add(ready.name)
                 yield ready, seed
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Comparison":
+        """What ``to_json`` gave, after a file."""
+        arms = tuple(Arm(**{**arm, "evaluated": tuple(arm["evaluated"])}) for arm in content["arms"])
+        return cls(
+            **{
+                **content,
+                "arms": arms,
+                "evaluations": tuple(Evaluation(**each) for each in content["evaluations"]),
+                "contrasts": tuple((Side(**first), Side(**second)) for first, second in content["contrasts"]),
+                **{key: tuple(content[key]) for key in ("seeds", "notes", "then")},
+            }
+        )
+
 
 def comparison_path(name: str) -> Path:
     """The file of a comparison given by path or by the name of one that ships with clat.
@@ -105,141 +151,205 @@ def comparison_path(name: str) -> Path:
     Raises:
         InputError: there is none
     """
-    package = Path(__file__).parents[1]
-    folders = (package / "comparisons", package.parents[1] / "comparisons")  # installed; in a checkout
-    shipped = {str(p.relative_to(folder).with_suffix("")): p for folder in folders for p in folder.rglob("*.yaml")}
-    if Path(name).is_file():
-        return Path(name)
+    with suppress(OSError):  # too long a name, a loop of links, a folder that may not be entered
+        if Path(name).is_file():
+            return Path(name)
+    shipped = shipped_comparisons()
     if name in shipped:
         return shipped[name]
+    known = ", ".join(sorted(shipped))
     raise InputError(
-        f"There is no comparison {plain(name)!r}; give a YAML file or one of {', '.join(sorted(shipped))}."
+        f"There is no comparison {shown(name)}; give a YAML file or one of {known}.{nearest(name, shipped)}"
     )
 
 
-def load_comparison(name: str, scale: str | None = None) -> Comparison:
+def shipped_comparisons() -> dict[str, Path]:
+    """The comparisons that ship with clat, by name."""
+    package = Path(__file__).parents[1]
+    folders = (package / "comparisons", package.parents[1] / "comparisons")  # installed; in a checkout
+    return {str(p.relative_to(folder).with_suffix("")): p for folder in folders for p in folder.rglob("*.yaml")}
+
+
+def load_comparison(
+    name: str, scale: str | None = None, *, model: str | None = None, seeds: list[int] | None = None
+) -> Comparison:
     """The comparison in a file, or that ships under a name.
 
     Args:
-        scale: one of the file's ``scales``, whose entries are laid over the others
+        scale: one of the file's ``scales``, whose entries are laid over the others; full, or none, for the file itself
+        model: the network in place of the base's; only here may it be a factory
+        seeds: in place of the file's
     Raises:
         InputError: no such file, or one that does not say a whole comparison
     """
     path = comparison_path(name)
     file = f"The comparison {plain(path)}"
-    content = _mapping(parse_yaml(read_text(path, "comparison"), path, "comparison"), file)
-    scales = _mapping(content.pop("scales", {}), f"scales of {file}")
-    if scale is not None:
+    content = mapping(parse_yaml(read_text(path, "comparison"), path, "comparison"), file)
+    scales = mapping(content.pop("scales", {}), f"scales of {file}")
+    if scale not in (None, FULL):
         if scale not in scales:
-            raise InputError(f"{file} has no scale {plain(scale)!r}; it has {', '.join(scales) or 'none'}.")
-        content = _laid(content, _mapping(scales[scale], f"Scale {scale} of {file}"))
-    return comparison(content, file)
+            known = [*scales, FULL]
+            raise InputError(f"{file} has no scale {shown(scale)}; it has {', '.join(known)}.{nearest(scale, known)}")
+        content = laid_over(content, mapping(scales[scale], f"Scale {scale} of {file}"))
+    if seeds is not None:
+        content["seeds"] = seeds
+    return comparison(content, file, folder=path.parent, model=model)
 
 
-def comparison(content: Any, file: str = "The comparison") -> Comparison:
-    """The comparison that a file's content says, without scales. Raises InputError, which begins with ``file``."""
+def comparison(
+    content: Any, file: str = "The comparison", *, folder: Path | None = None, model: str | None = None
+) -> Comparison:
+    """The comparison that a file's content says, without scales. Raises InputError, which begins with ``file``.
+
+    Args:
+        folder: where recipes given by file are looked for, beside the working directory
+        model: the network in place of the base's
+    """
     required = {"question": str, "base": dict, "arms": dict, "contrasts": list}
-    entries = _entries(content, file, required, {"keys": dict, "evaluation": dict, "seeds": list})
-    shared = entries.get("keys", {})
-    base = _entries(entries["base"], f"{file}: base", {"model": str, "recipe": str}, {"keys": dict})
-    arms = [_arm(BASE, {key: value for key, value in base.items() if key != "model"}, shared, file)]
-    arms += [_arm(name, arm, shared, file) for name, arm in entries["arms"].items()]
-    names = [arm.name for arm in arms]
-    if names.count(BASE) > 1:
-        raise InputError(f"{file}: an arm is called base, which is the base's name; call it otherwise.")
-    _check_starts(arms, file)
+    others = {"keys": dict, "evaluation": (dict, list), "seeds": list, "networks": dict, "notes": list,
+              "printed": dict, "then": list}  # fmt: skip
+    entries = entries_of(content, file, required, others)
+    if "networks" in entries and model is not None:
+        raise InputError(f"{file} names several networks; --model goes with a file that has one.")
+    arms: list[Arm] = []
+    contrasts: list[tuple[Side, Side]] = []
+    for prefix, each in _by_network(entries, file):
+        own = _arms(each, prefix, file, folder, model)
+        arms += own
+        contrasts += [_contrast(pair, prefix, own, file) for pair in each["contrasts"]]
     return Comparison(
         question=entries["question"],
-        model=base["model"],
         arms=tuple(arms),
-        evaluation=_evaluation(entries.get("evaluation", {}), file),
-        contrasts=tuple(_contrast(pair, names, file) for pair in entries["contrasts"]),
-        seeds=_seeds(entries.get("seeds", [0, 1, 2]), file),
+        evaluations=_evaluations(entries.get("evaluation", {}), file),
+        contrasts=tuple(contrasts),
+        seeds=whole_list(entries.get("seeds", [0, 1, 2]), f"{file}: seeds are"),
+        notes=tuple(map(str, entries.get("notes", []))),
+        printed=entries.get("printed"),
+        then=tuple(map(str, entries.get("then", []))),
     )
 
 
-def _arm(name: Any, content: Any, shared: Keys, file: str) -> Arm:
-    if not isinstance(name, str) or not name or not name.replace("-", "").replace("_", "").isalnum():
-        raise InputError(f"{file}: an arm is called {plain(name)!r}; use letters, digits and dashes.")
-    where = f"{file}: arm {name}"
-    arm = _entries(content, where, {"recipe": str}, {"keys": dict, "from": str})
-    keys = _laid(shared, arm.get("keys", {}))
+def _by_network(entries: Keys, file: str) -> list[tuple[str, Keys]]:
+    """The entries for each network, with what its arms' names begin with; one without any if there is one network."""
+    if "networks" not in entries:
+        return [("", entries)]
+    found = []
+    for name, content in entries["networks"].items():
+        where = f"{file}: network {shown(name)}"
+        own = entries_of(content, where, {"model": str}, {"keys": dict, "base": dict, "arms": dict})
+        own["base"] = laid_over({"model": own.pop("model")}, own.get("base", {}))
+        found.append((f"{name}-", laid_over(entries, own)))
+    if not found:
+        raise InputError(f"{file}: networks names none; leave it out, or name some.")
+    return found
+
+
+def _arms(entries: Keys, prefix: str, file: str, folder: Path | None, model: str | None) -> list[Arm]:
+    """The base and the other arms of one network."""
+    shared = entries.get("keys", {})
+    base = entries_of(entries["base"], f"{file}: base", {"recipe": str}, {"model": str, "keys": dict, "at": list})
+    if model is None and "model" not in base:
+        raise InputError(f"{file}: base: model is missing; name a network there, or give --model.")
+    named = base.pop("model", None)
+    if model is None:
+        model = check_model(named, f"{file}: base")
+    if BASE in entries["arms"]:
+        raise InputError(f"{file}: an arm is called base, which is the base's name; call it otherwise.")
+    arms = {BASE: _arm(BASE, base, shared, file, folder, prefix, model)}
+    for name, content in entries["arms"].items():
+        arms[name] = _arm(name, content, shared, file, folder, prefix, model)
+    found = list(arms.values())
+    _check_starts(found, prefix, file)
+    return found
+
+
+def _arm(name: Any, content: Any, shared: Keys, file: str, folder: Path | None, prefix: str, model: str) -> Arm:
+    full = f"{prefix}{name}"
+    if not isinstance(name, str) or not name or not full.replace("-", "").replace("_", "").isalnum():
+        raise InputError(f"{file}: an arm is called {shown(full)}; use letters, digits and dashes.")
+    where = f"{file}: arm {full}"
+    arm = entries_of(content, where, {"recipe": str}, {"keys": dict, "from": str, "at": list})
+    keys = laid_over(shared, arm.get("keys", {}))
     if "seed" in keys:
         raise InputError(f"{where}: its keys hold a seed; list the seeds of all arms under seeds.")
-    recipe_path(arm["recipe"])  # there is one
+    beside = folder / arm["recipe"] if folder is not None else None
+    path = beside if beside is not None and beside.is_file() else recipe_path(arm["recipe"])
+    own = mapping(parse_yaml(read_text(path, "recipe"), path, "recipe"), f"The recipe {plain(path)}")
+    checkpoints = arm.get("at", ["best", "last"])
+    if (
+        not checkpoints
+        or any(each not in CHECKPOINTS for each in checkpoints)
+        or len(set(checkpoints)) < len(checkpoints)
+    ):
+        raise InputError(f"{where}: at is {shown(checkpoints)}; list some of {', '.join(CHECKPOINTS)}.")
+    made: dict[str, Any] = {"name": full, "recipe": arm["recipe"], "keys": laid_over(own, keys), "model": model}
+    try:
+        resolved(made["keys"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    made["evaluated"] = tuple(checkpoints)
     if "from" not in arm:
-        return Arm(name=name, recipe=arm["recipe"], keys=keys)
+        return Arm(**made)
     start, _, checkpoint = arm["from"].partition("/")
     if checkpoint not in CHECKPOINTS:
-        raise InputError(f"{where}: from is {plain(arm['from'])!r}; write the arm and the checkpoint, like base/best.")
-    return Arm(name=name, recipe=arm["recipe"], keys=keys, start=start, checkpoint=checkpoint)
+        raise InputError(f"{where}: from is {shown(arm['from'])}; write the arm and the checkpoint, like base/best.")
+    return Arm(**made, start=f"{prefix}{start}", checkpoint=checkpoint)
 
 
-def _check_starts(arms: list[Arm], file: str) -> None:
+def _check_starts(arms: list[Arm], prefix: str, file: str) -> None:
     starts = {arm.name: arm.start for arm in arms}
     for arm in arms:
         name: str | None = arm.name
         for _ in starts:
             if name is not None and name not in starts:
-                raise InputError(
-                    f"{file}: an arm goes on from {plain(name)!r}, which is no arm; write from: base/best."
-                )
+                wanted = shown(name.removeprefix(prefix))
+                raise InputError(f"{file}: an arm goes on from {wanted}, which is no arm; write from: base/best.")
             name = starts[name] if name is not None else None
         if name is not None:
             raise InputError(f"{file}: arm {arm.name} goes on from itself, over {starts[arm.name]}; break the circle.")
 
 
+def _evaluations(content: Any, file: str) -> tuple[Evaluation, ...]:
+    several = content if isinstance(content, list) else [content]
+    if not several:
+        raise InputError(f"{file}: evaluation lists none; leave it out, or say one.")
+    return tuple(_evaluation(each, file) for each in several)
+
+
 def _evaluation(content: Any, file: str) -> Evaluation:
     where = f"{file}: evaluation"
-    entries = _entries(content, where, {}, {"tier": str, "eps": (str, float, int), "images": int, "of": str})
-    found = Evaluation(**{**entries, **({"eps": fraction(entries["eps"])} if "eps" in entries else {})})
-    for key, value, known in (("tier", found.tier, TIERS), ("of", found.of, IMAGES)):
-        if value not in known:
-            raise InputError(f"{where}: {key} is {plain(value)!r}; choose one of {', '.join(known)}.")
-    if found.images < 1:
-        raise InputError(f"{where}: images is {found.images}; give 1 or more.")
+    number = (str, float, int)
+    known = {"tier": str, "eps": number, "images": (int, str), "of": str, "steps": int, "starts": int, "precision": str}
+    entries = entries_of(content, where, {}, known)
+    if "eps" in entries:
+        entries["eps"] = fraction(entries["eps"])
+    if entries.get("images") == "all":
+        entries["images"] = None
+    found = Evaluation(**entries)
+    words = {"tier": TIERS, "of": IMAGES, "precision": ("fp32", "bf16")}
+    for key, options in words.items():
+        if (value := getattr(found, key)) not in options:
+            raise InputError(f"{where}: {key} is {shown(value)}; choose one of {', '.join(options)}.")
+    for key in ("images", "steps", "starts"):
+        if (value := getattr(found, key)) is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{where}: {key} is {shown(value)}; give a whole number of 1 or more.")
     if not 0 < found.eps <= 1:
         raise InputError(f"{where}: eps is {found.eps}; give a radius in pixels of [0, 1], like 8/255.")
     return found
 
 
-def _contrast(pair: Any, names: list[str], file: str) -> tuple[str, str]:
-    if not (isinstance(pair, list) and len(pair) == 2 and all(name in names for name in pair) and pair[0] != pair[1]):
-        raise InputError(f"{file}: a contrast is {plain(pair)}; name two of {', '.join(names)}.")
-    return pair[0], pair[1]
-
-
-def _seeds(seeds: list[Any], file: str) -> tuple[int, ...]:
-    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise InputError(f"{file}: seeds are {plain(seeds)}; list whole numbers from 0 up, each once.")
-    return tuple(seeds)
-
-
-def _entries(content: Any, where: str, required: Mapping[str, Any], others: Mapping[str, Any]) -> Keys:
-    """The mapping, if it has all required keys, no unknown ones, and values of these types."""
-    entries, known = _mapping(content, where), {**required, **others}
-    for key in required:
-        if key not in entries:
-            raise InputError(f"{where}: {key} is missing; a file in comparisons/ shows what belongs there.")
-    for key, value in entries.items():
-        if key not in known:
-            raise InputError(f"{where}: {plain(key)!r} is unknown; choose from {', '.join(known)}.")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
-            words = {str: "a text", dict: "keys and values", list: "a list", int: "a whole number"}
-            raise InputError(f"{where}: {key} must be {words.get(known[key], 'a number')}; it is {plain(value)!r}.")
-    return entries
-
-
-def _mapping(content: Any, where: str) -> Keys:
-    if not isinstance(content, dict):
-        raise InputError(f"{where} must hold keys and values.")
-    return dict(content)
-
-
-def _laid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Keys:
-    """The entries of both, those of ``above`` where both have one; sections are laid over one another likewise."""
-    both = dict(below)
-    for key, value in above.items():
-        under = below.get(key)
-        both[key] = _laid(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
-    return both
+def _contrast(pair: Any, prefix: str, arms: list[Arm], file: str) -> tuple[Side, Side]:
+    names = {arm.name.removeprefix(prefix): arm for arm in arms}
+    sides = [side.partition("/") for side in pair if isinstance(side, str)] if isinstance(pair, list) else []
+    if len(sides) != 2 or any(name not in names for name, _, _ in sides) or sides[0] == sides[1]:
+        raise InputError(f"{file}: a contrast is {shown(pair)}; name two of {', '.join(names)}, like [clat, pgd-at].")
+    found = []
+    for name, _, checkpoint in sides:
+        arm = names[name]
+        checkpoint = checkpoint or arm.evaluated[0]
+        if checkpoint not in arm.evaluated:
+            raise InputError(
+                f"{file}: a contrast is {shown(pair)}, but arm {arm.name} is measured at {', '.join(arm.evaluated)}."
+            )
+        found.append(Side(arm.name, checkpoint))
+    return found[0], found[1]

@@ -37,6 +37,7 @@ from clat.checkpoint import load_tensors
 from clat.criticality import LayerScore
 from clat.errors import InputError
 from clat.files import parse_json, parse_yaml, read_text, write_text
+from clat.source import commit
 from clat.text import plain
 from clat.tuners.selection import Selection
 
@@ -479,6 +480,7 @@ def environment(device: torch.device, processes: int = 1, argv: Sequence[str] | 
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(argv if argv is not None else sys.argv),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),
