@@ -1,15 +1,22 @@
 """Comparison files: what they say, what a scale lays over it, and what is refused in one sentence."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from clat.cli.arguments import parse
-from clat.cli.commands import COMMANDS
-from clat.compare.plan import Comparison, comparison, comparison_path, load_comparison
+from clat.cli import compare as command
+from clat.cli.arguments import read
+from clat.cli.main import main
+from clat.compare.file import comparison, comparison_path, load_comparison
+from clat.compare.plan import Comparison
+from clat.data.dataset import Dataset
 from clat.errors import InputError
+from clat.inputs import build
+from clat.training.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "comparisons"
 WHOLE = {
@@ -75,26 +82,54 @@ def test_settings_are_the_recipe_with_the_keys_and_the_seed_over_it():
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_comparison_loads_at_every_scale_and_its_recipes_are_recipes(path, tmp_path):
+def test_every_comparison_loads_at_every_scale_plans_and_dry_runs(path, tmp_path, monkeypatch, capsys):
     name = str(path.relative_to(FOLDER).with_suffix(""))
     assert comparison_path(name) == path
-    for scale in (None, *yaml.safe_load(path.read_text()).get("scales", {})):
+    labels = torch.arange(50_000) % 10
+    images = {"train": 50_000, "test": 10_000}
+    pixels = torch.zeros(50_000, 3, 4, 4, dtype=torch.uint8)
+    monkeypatch.setattr(
+        command,
+        "data_named",
+        lambda _, part: Dataset(
+            pixels[: images[part]], labels[: images[part]], tuple("abcdefghij"), "as large as CIFAR-10", part
+        ),
+    )
+    monkeypatch.setattr(command, "pass_times", lambda plan, *_: {arm.model: 1e-4 for arm in plan.arms})
+    scales = ["full", *yaml.safe_load(path.read_text()).get("scales", {})]
+    assert "small" in scales
+    units = {}
+    for scale in scales:
         found = load_comparison(name, scale)
-        assert len(list(found.runs())) == len(found.arms) * len(found.seeds)
+        units[scale] = len(list(found.runs()))
+        assert units[scale] == len(found.arms) * len(found.seeds)
         for arm in found.arms:
-            (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(arm.settings(7)))
-            command = [
-                "train",
-                str(tmp_path / "recipe.yaml"),
-                "--model",
-                arm.model,
-                "--data",
-                "none",
-                "--out",
-                "none",
-            ]
-            recipe = parse(command, {"train": COMMANDS["train"]})[1]["recipe"]
-            assert recipe.seed == 7
+            assert build(Recipe, arm.settings(7)).seed == 7
+        line = ["compare", name, "--data", "none", "--out", str(tmp_path / "out"), "--scale", scale, "--dry-run"]
+        assert main(line) == 0, scale
+        assert f"{units[scale]} units left: about" in capsys.readouterr().out
+    assert units["small"] <= units["full"]
+
+
+PAPER = sorted((FOLDER / "paper").glob("*.yaml"))
+
+
+def test_the_paper_is_all_there():
+    tables = {path.stem.removeprefix("table-").split("-")[0] for path in PAPER if path.stem.startswith("table")}
+    assert tables == {str(number) for number in range(1, 11)}
+    assert [path.stem for path in PAPER if path.stem.startswith("figure")] == ["figure-2", "figure-3", "figure-4"]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_a_file_of_the_paper_has_its_figures_and_says_where_it_departs(path):
+    found = load_comparison(f"paper/{path.stem}")
+    assert found.notes
+    assert (found.printed is None) == path.stem.startswith("figure")
+    assert all(evaluation.of == "test" for evaluation in found.evaluations)  # as in the paper
+    small = load_comparison(f"paper/{path.stem}", "small")
+    assert all(evaluation.of == "unused" for evaluation in small.evaluations)
+    for line in found.then:
+        read(shlex.split(line)[1:])  # a command with flags that there are
 
 
 def test_the_example_takes_under_twenty_lines():

@@ -21,8 +21,8 @@ from clat.cli import training
 from clat.cli import unit as unit_process
 from clat.cli.main import main
 from clat.cli.shared import data_named
+from clat.compare.file import comparison
 from clat.compare.images import split
-from clat.compare.plan import comparison
 from clat.compare.result import read_sealed
 from clat.compare.run import locked
 from clat.compare.statistics import pack, power, simulated, unpack

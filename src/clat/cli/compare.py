@@ -15,7 +15,8 @@ from clat.cli.shared import console, data_named, device_named, is_beside_the_fir
 from clat.cli.tables import Name, duration
 from clat.cli.unit import PLAN
 from clat.compare.estimate import HOW, pass_times, unit_seconds
-from clat.compare.plan import Comparison, load_comparison
+from clat.compare.file import load_comparison
+from clat.compare.plan import Comparison
 from clat.compare.run import RESULT, Progress, begin, carry_out, locked
 from clat.compare.table import columns, lines_of, markdown, measured_how, rows, verdicts
 from clat.compare.unit import Unit

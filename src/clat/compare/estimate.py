@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from clat.attacks import tier as make_tier
 from clat.compare.images import split
 from clat.compare.plan import Arm, Comparison
 from clat.compare.recipes import resolved
+from clat.compare.unit import attacks_of
 from clat.data.dataset import Dataset
 from clat.evaluation.cost import pass_seconds
 
@@ -39,7 +39,7 @@ def unit_seconds(comparison: Comparison, arm: Arm, times: Mapping[str, float], t
     steps = 0 if keys["objective"] == "clean" else keys["threat"]["steps"]
     passes = keys["epochs"] * (training * (steps + 1) + held * (keys["validation_steps"] + 1))
     for evaluation in comparison.evaluations:
-        tier = make_tier(evaluation.tier, evaluation.eps, classes, steps=evaluation.steps, starts=evaluation.starts)  # type: ignore[arg-type]
+        attacks = attacks_of(evaluation, classes)
         images = evaluation.images or total
-        passes += len(arm.evaluated) * images * (1 + sum(attack.passes for attack in tier.attacks))
+        passes += len(arm.evaluated) * images * (1 + sum(attack.passes for attack in attacks))
     return passes * times[arm.model]

@@ -26,6 +26,7 @@ def entries_of(content: Any, where: str, required: Mapping[str, Any], others: Ma
                 list: "a list",
                 int: "a whole number",
                 (int, str): "a whole number, or all",
+                (str, list): "a text, or a list of them",
                 (dict, list): "keys and values, or a list of them",
             }
             raise InputError(f"{where}: {key} must be {words.get(known[key], 'a number')}; it is {shown(value)}.")

@@ -159,9 +159,24 @@ def markdown(comparison: Comparison, entries: Sequence[Entry]) -> str:
         parts.append("Contrasts, fixed beforehand: paired difference with its 95 % interval over images and seeds.")
         parts.append("\n".join(f"- {first}\n  - {second}" for first, second in map(lines_of, found)))
     if comparison.printed:
-        parts.append("As printed: " + plain(str(dict(comparison.printed))))
-    parts += [f"- {plain(note)}" for note in comparison.notes]
+        parts.append("As printed:")
+        parts.append("\n".join(f"- {plain(row)}" for row in _flat(comparison.printed)))
+    parts.append("\n".join(f"- {plain(note)}" for note in comparison.notes))
+    if comparison.then:
+        parts.append("The rest of the question:\n\n" + "\n".join(f"    {plain(line)}" for line in comparison.then))
+    parts = [part for part in parts if part]
     return "\n\n".join(parts) + "\n"
+
+
+def _flat(printed: Mapping[str, Any], before: str = "") -> list[str]:
+    """Nested keys and values, a line for each value."""
+    found: list[str] = []
+    for key, value in printed.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{before}{key}, ")
+        else:
+            found.append(f"{before}{key}: {' / '.join(map(str, value)) if isinstance(value, list) else value}")
+    return found
 
 
 def _markdown_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from clat.attacks import TierName
+from clat.attacks import Attack, TierName, apgd_ce
 from clat.attacks import tier as make_tier
 from clat.checkpoint import load_header, load_tensors
 from clat.compare.images import DRAWN_BY, Load, measured_on
@@ -150,14 +150,7 @@ def measure(
     model: nn.Module, images: Dataset, evaluation: Evaluation, record: Path, device: torch.device | str | None
 ) -> dict[str, Any]:
     """One ordinary evaluation, with its record in that folder, as the result keeps it."""
-    attacks = make_tier(
-        cast(TierName, evaluation.tier),
-        evaluation.eps,
-        len(images.classes),
-        steps=evaluation.steps,
-        starts=evaluation.starts,
-        seed=DRAWN_BY,
-    ).attacks
+    attacks = attacks_of(evaluation, len(images.classes))
     precision = cast(Literal["fp32", "bf16"], evaluation.precision)
     found = evaluate(model, images, attacks, seed=DRAWN_BY, precision=precision, record=record, device=device)
     outcomes = np.array(found.outcomes)
@@ -170,6 +163,14 @@ def measure(
         "clean_images": pack(outcomes != -1),
         "robust_images": pack(outcomes == 0),
     }
+
+
+def attacks_of(evaluation: Evaluation, classes: int) -> Sequence[Attack]:
+    """What an evaluation attacks with."""
+    if evaluation.tier == "apgd-ce":
+        return [apgd_ce(evaluation.eps, seed=DRAWN_BY)]
+    tier, starts = cast(TierName, evaluation.tier), evaluation.starts
+    return make_tier(tier, evaluation.eps, classes, steps=evaluation.steps, starts=starts, seed=DRAWN_BY).attacks
 
 
 def identity(evaluation: Evaluation, images: Dataset) -> dict[str, Any]:
