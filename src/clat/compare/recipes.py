@@ -10,9 +10,14 @@ from clat.training.recipe import Recipe
 SETTLED = ("precision", "layout")  # auto stands for one or the other, which the run's own recipe says
 
 
+def recipe_of(keys: Mapping[str, Any]) -> Recipe:
+    """Raises InputError if the keys make no recipe."""
+    return build(Recipe, keys)
+
+
 def resolved(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Every key of a recipe, defaults among them. Raises InputError if the keys make no recipe."""
-    return _plain(asdict(build(Recipe, keys)))
+    return _plain(asdict(recipe_of(keys)))
 
 
 def differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
