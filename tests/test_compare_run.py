@@ -193,6 +193,18 @@ def test_a_changed_evaluation_trains_nothing_again(whole, begun, monkeypatch):
     assert {each["evaluation"]["of"] for entry in result(whole)["units"] for each in entry["evaluations"]} == {"test"}
 
 
+def test_a_result_that_is_asked_for_no_more_is_kept(whole, begun, capsys):
+    before = (whole / "out/result.json").read_text()
+    for folder in ("runs", "units"):
+        shutil.rmtree(whole / "out" / folder)
+    assert compare(whole, changed(base={**TINY["base"], "keys": {"lr": 0.2}}), "--only", "base") == 0
+    assert begun == ["base-0"]
+    assert before in [path.read_text() for path in (whole / "out").glob("result-*.json")]
+    said = " ".join(capsys.readouterr().out.split())
+    # Those that go on from the base began with other weights than it has now.
+    assert "base-0, clat-0, one-0, two-0: of another recipe, start or evaluation; the result is kept as result-" in said
+
+
 def test_only_some_arms_and_other_seeds(tmp_path, begun):
     assert compare(tmp_path, TINY, "--only", "one", "--seeds", "3", "4") == 0
     assert begun == ["base-3", "one-3", "base-4", "one-4"]

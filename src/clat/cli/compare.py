@@ -22,7 +22,6 @@ from clat.compare.table import columns, lines_of, markdown, measured_how, rows, 
 from clat.compare.unit import Unit
 from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.evaluation.evaluate import check_count
 from clat.files import write_text
 from clat.text import plain
 
@@ -60,7 +59,8 @@ def compare(
     """
     if is_beside_the_first():
         return 0
-    check_count("jobs", jobs)
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}; run 1 or more units at a time.")
     comparison = load_comparison(file, scale, model=model, seeds=seeds)
     device_named(device)
 

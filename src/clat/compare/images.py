@@ -10,7 +10,6 @@ from clat.compare.plan import Comparison, Evaluation
 from clat.compare.recipes import resolved
 from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.evaluation.evaluate import drawn
 
 Load = Callable[[str], Dataset]  # a split of the data by its name
 
@@ -36,7 +35,10 @@ def measured_on(comparison: Comparison, evaluation: Evaluation, load: Load) -> D
         few = f"there are {len(found):,} {evaluation.of} images"
         remedy = "lower images there" if evaluation.of != "unused" else "lower it, or the images that the arms train on"
         raise InputError(f"The evaluation asks for {evaluation.images:,} images, but {few}; {remedy}.")
-    return drawn(found, evaluation.images, DRAWN_BY)
+    if evaluation.images in (None, len(found)):
+        return found
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(DRAWN_BY))
+    return found.subset(order[: evaluation.images].sort().values)
 
 
 def _places(of: str, arms: Iterable[Mapping[str, Any]], total: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Runs a comparison: which units are left, several at a time, each after the one that it goes on from."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from clat.compare.result import Entry, read_entries, write_result
 from clat.compare.table import findings
 from clat.compare.unit import Unit, check_folder, fingerprints, identity, matches
 from clat.errors import InputError
+from clat.files import read_text, write_text
 from clat.text import plain
 from clat.training.runs import Run
 
@@ -86,18 +88,33 @@ class Progress:
         """Takes over what result.json and the units' own files hold. Raises InputError if one is damaged."""
         for path in (self.out / RESULT, *sorted((self.out / "units").glob("*.json"))):
             for entry in read_entries(path):
-                self.entries[f"{entry['arm']}-{entry['seed']}"] = entry
+                self.entries[_name(entry)] = entry
 
     def finished(self) -> list[Entry]:
         """The entries that belong to the comparison, those of arms and seeds that this call leaves out among them."""
         seeds = sorted({entry["seed"] for entry in self.entries.values()})
         every = [Unit(self.out, arm, seed) for arm, seed in replace(self.comparison, seeds=tuple(seeds)).runs()]
-        return [self.entries[unit.name] for unit in every if self.done(unit)]
+        found: dict[str | None, Entry] = {}
+        for unit in every:  # each after the one that it goes on from
+            before = self.before(unit)
+            if self.done(unit) and (before is None or before.name in found):
+                found[unit.name] = self.entries[unit.name]
+        return list(found.values())
 
-    def write(self) -> None:
-        """Writes result.json."""
-        entries = self.finished()
+    def write(self, say: Callable[[str], object]) -> None:
+        """Writes result.json; a former one with units that are asked for no more is kept beside it."""
+        entries, path = self.finished(), self.out / RESULT
+        gone = {_name(entry) for entry in read_entries(path)} - {_name(entry) for entry in entries}
+        if gone:
+            text = read_text(path)
+            copy = path.with_name(f"result-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json")
+            write_text(copy, text)
+            say(f"{', '.join(sorted(gone))}: of another recipe, start or evaluation; the result is kept as {copy.name}")
         write_result(self.out / RESULT, self.comparison, entries, findings(self.comparison, entries))
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry['arm']}-{entry['seed']}"
 
 
 def begin(
@@ -153,7 +170,7 @@ def carry_out(
     """
     running: dict[str, tuple[Unit, Running, float]] = {}
     began: set[str] = set()
-    progress.write()
+    progress.write(say)
     left = progress.left()
     try:
         while True:
@@ -197,7 +214,7 @@ def _end(progress: Progress, unit: Unit, code: int, seconds: float, say: Callabl
         entries = read_entries(unit.entry)
         for entry in entries:
             progress.entries[unit.name] = entry
-        progress.write()
+        progress.write(say)
         robust = ", ".join(
             f"{each['checkpoint']} {100 * each['clean'] / each['evaluation']['images']:.1f} / "
             f"{100 * each['robust'] / each['evaluation']['images']:.1f}"

@@ -152,7 +152,7 @@ def measure(
     """One ordinary evaluation, with its record in that folder, as the result keeps it."""
     attacks = attacks_of(evaluation, len(images.classes))
     precision = cast(Literal["fp32", "bf16"], evaluation.precision)
-    found = evaluate(model, images, attacks, seed=DRAWN_BY, precision=precision, record=record, device=device)
+    found = evaluate(model, images, attacks, precision=precision, record=record, device=device)
     outcomes = np.array(found.outcomes)
     return {
         **identity(evaluation, images),
