@@ -13,7 +13,7 @@ import docstring_parser
 
 from clat.cli.arguments import OVERLAYS, RECIPE_COMMANDS, Command
 from clat.cli.commands import COMMANDS
-from clat.inputs import annotations, block_of
+from clat.inputs import annotations, block_of, entry_of
 from clat.training.recipe import METHODS, Recipe, recipe_keys
 
 TABLE = Path(__file__).parents[1] / "src/clat/cli/flags.json"
@@ -47,7 +47,8 @@ def arguments(name: str, function: Command) -> list[dict[str, Any]]:
         else:
             must = {"required": True} if required else {}
             text = described[key] if required else with_default(described[key], parameter.default)
-            found.append({"name": flag, "help": text, **kind(hints[key]), **must})
+            many = {"many": True} if entry_of(hints[key]) is not hints[key] else {}
+            found.append({"name": flag, "help": text, **kind(entry_of(hints[key])), **must, **many})
     if name in RECIPE_COMMANDS:
         found.append({"name": "config", "help": "the recipe, the same as RECIPE", "metavar": "FILE"})
         for over, names in OVERLAYS.items():
@@ -80,7 +81,7 @@ def block_settings(owner: type, prefix: str) -> list[dict[str, Any]]:
 
 def with_default(text: str, default: object) -> str:
     """A help text with the default, where that says something and the text does not."""
-    words = "none" if default in ((), []) else {True: "true", False: "false"}.get(default, default)  # type: ignore[call-overload]
+    words = {"True": "true", "False": "false", "()": "none", "[]": "none"}.get(str(default), default)  # 1 is True
     return text if default is None or "default" in text else f"{text} (default: {words})"
 
 

@@ -11,6 +11,8 @@ from inspect import isabstract
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from clat.errors import InputError
 from clat.text import plain
 
@@ -94,6 +96,12 @@ def _annotations(owner: Any) -> dict[str, Any]:
 def block_of(annotation: Any) -> type | None:
     """The dataclass that an annotation takes, alone or optional; None if it takes none."""
     return next((kind for kind in _kinds(annotation) if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def entry_of(annotation: Any) -> Any:
+    """What each entry of a list is annotated with; the annotation itself if it takes no list."""
+    lists = [kind for kind in _kinds(annotation) if get_origin(kind) in (list, tuple)]
+    return get_args(lists[0])[0] if lists else annotation
 
 
 def fit(name: str, value: Any, annotation: Any) -> Any:
@@ -215,3 +223,15 @@ def _described(kind: Any) -> str:
     if isinstance(kind, type) and is_dataclass(kind):
         return f"a block of keys ({', '.join(annotations(kind))}), in Python {kind.__name__}(...)"
     return plain_words.get(kind, str(kind))
+
+
+def named(text: str) -> tuple[str, dict[str, Any]]:
+    """A name with options after commas: ``rn18,width=16`` is ("rn18", {"width": 16})."""
+    name, *options = text.split(",")
+    pairs = [option.partition("=") for option in options]
+    if not all(key and equals for key, equals, _ in pairs):
+        raise InputError(f"Options are written key=value after commas, e.g. rn18,width=16; got {text!r}.")
+    try:
+        return name, {key: yaml.safe_load(value) for key, _, value in pairs}
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"An option's value in {shown(text)} cannot be read; write it like width=16.") from error

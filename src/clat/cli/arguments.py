@@ -12,11 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clat.errors import InputError
 from clat.files import parse_yaml
-from clat.inputs import annotations, block_of, check_word, fit, from_text, nearest, shown
+from clat.inputs import annotations, block_of, check_word, entry_of, fit, from_text, nearest, shown
 from clat.training.recipe_files import laid_over, read_recipe
 
 Command = Callable[..., int | None]  # returns the exit code, 0 if None
@@ -35,6 +33,8 @@ USAGE = {
     "sweep": "NETWORK [...] --data DATA [--eps 8/255] [--steps 20] [--picture FILE] [--json FILE] [--key value ...]",
     "trust": "CHECKPOINT_OR_RUN --data DATA [--eps 8/255] [--base CHECKPOINT_OR_RUN] [--budget MINUTES] [--json FILE] "
     "[--key value ...]",
+    "compare": "FILE_OR_NAME --data DATA --out DIR [--scale small] [--seeds 0 1 2] [--only ARM ...] [--jobs N] "
+    "[--model MODEL] [--dry-run]",
     "status": "RUN [--model MODEL] [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
 }
@@ -130,6 +130,8 @@ def values(given: Given, function: Command) -> dict[str, Any]:
 
 
 def _value(text: Any, annotation: Any) -> Any:
+    if isinstance(text, list):
+        return [_value(each, entry_of(annotation)) for each in text]
     return from_text(text, annotation, lambda text: parse_yaml(text, "A value")) if isinstance(text, str) else text
 
 
@@ -234,12 +236,3 @@ def _overview() -> str:
         "  --version  the version\n"
         "  --debug    show where in the code an error arose\n"
     )
-
-
-def named(text: str) -> tuple[str, dict[str, Any]]:
-    """A name with options after commas: ``rn18,width=16`` is ("rn18", {"width": 16})."""
-    name, *options = text.split(",")
-    pairs = [option.partition("=") for option in options]
-    if not all(key and equals for key, equals, _ in pairs):
-        raise InputError(f"Options are written key=value after commas, e.g. rn18,width=16; got {text!r}.")
-    return name, {key: yaml.safe_load(value) for key, _, value in pairs}

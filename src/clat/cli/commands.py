@@ -1,6 +1,7 @@
 """The commands, one typed function each; a signature is a command's flags, a docstring their help."""
 
 from clat.cli.arguments import Command
+from clat.cli.compare import compare
 from clat.cli.evaluate import evaluate
 from clat.cli.networks import import_, layers
 from clat.cli.sweep import sweep
@@ -17,6 +18,7 @@ COMMANDS: dict[str, Command] = {
     "transfer": transfer,
     "sweep": sweep,
     "trust": trust,
+    "compare": compare,
     "status": status,
     "import": import_,
 }

@@ -1,8 +1,9 @@
 """Pictures of results; matplotlib is imported only when one is drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from clat.cli.tables import radius
 from clat.errors import InputError
@@ -66,6 +67,54 @@ def draw_curves(panels: Sequence[Mapping[str, Curve]], path: Path) -> None:
     title = "Bands: 95 % Wilson intervals"
     figure.legend(lines, names, loc="outside lower center", ncols=3, frameon=False, title=title)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=200))
+
+
+def draw_learning(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Held-out accuracy by epoch, a panel each for clean and robust, a line for each arm with the range of its seeds.
+
+    Training accuracy is a thinner line where the runs recorded it.
+
+    Args:
+        entries: the units of a comparison's result
+        path: the file to write; its suffix names the kind
+    Raises:
+        InputError: a suffix of no known kind, or a place that cannot be written
+    """
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.4, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    arms = dict.fromkeys(entry["arm"] for entry in entries)
+    for axis, measure in zip(panels, ("clean", "robust"), strict=True):
+        for arm, (colour, _), dash in zip(arms, cycle(_STYLES), _dashes(), strict=False):
+            own = [entry["curves"] for entry in entries if entry["arm"] == arm]
+            for key, width in ((measure, 1.6), (f"train_{measure}", 0.7)):
+                curves = [curve[key] for curve in own if key in curve]
+                if not curves:
+                    continue
+                epochs = range(1, min(map(len, curves)) + 1)
+                at = [[100 * curve[epoch - 1] for curve in curves] for epoch in epochs]
+                axis.fill_between(epochs, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.15, lw=0)
+                label = plain(arm).replace("$", r"\$") if key == measure else None
+                mean = [sum(values) / len(values) for values in at]
+                axis.plot(
+                    epochs, mean, color=colour, lw=width, ls=dash, marker="." if len(mean) == 1 else "", label=label
+                )
+        axis.set_title(f"{measure}, held-out images (%)", fontsize="medium", loc="left")
+        axis.set_xlabel("epoch")
+        axis.grid(color="0.92", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    lines, names = panels[0].get_legend_handles_labels()
+    title = "Lines: mean over seeds; bands: their range"
+    figure.legend(lines, names, loc="outside lower center", ncols=4, frameon=False, title=title)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150))
+
+
+def _dashes() -> Iterator[str]:
+    """Solid for as many lines as there are colours, then broken ones."""
+    return (style for style in cycle(("-", "--", ":", "-.")) for _ in _STYLES)
 
 
 def _places(curve: Curve) -> list[float]:

@@ -12,12 +12,12 @@ from rich.console import Console
 from torch import nn
 
 from clat.checkpoint import checkpoint_path, is_checkpoint, load_checkpoint, load_header
-from clat.cli.arguments import named
 from clat.compute import best_device, find_device
 from clat.data.dataset import Dataset, trained_on
 from clat.data.loading import OPTIONS, load_data
 from clat.errors import InputError
 from clat.files import write_text
+from clat.inputs import named
 from clat.models import MODELS, build_model, takes_statistics
 from clat.models.importing import import_weights
 from clat.text import plain

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from clat.compute import native_precision
+from clat.source import commit
 
 
 def environment(device: torch.device, processes: int = 1, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def environment(device: torch.device, processes: int = 1, argv: Sequence[str] | 
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(argv if argv is not None else sys.argv),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),

@@ -1,0 +1,32 @@
+"""Recipes as keys and values: what a run is told, whole, and where two differ."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from clat.training.recipe import Recipe
+
+SETTLED = ("precision", "layout")  # auto stands for one or the other, which the run's own recipe says
+
+
+def recipe_of(keys: Mapping[str, Any]) -> Recipe:
+    """Raises InputError if the keys make no recipe."""
+    return Recipe.from_keys(keys)
+
+
+def resolved(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of a recipe, defaults among them. Raises InputError if the keys make no recipe."""
+    return recipe_of(keys).keys()
+
+
+def differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """The keys that two recipes differ in, with dots; what is auto in the first may be either in the other."""
+    first, second = _flat(resolved(wanted)), _flat(resolved(found))
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    return [key for key in keys if not (key in SETTLED and first.get(key) == "auto")]
+
+
+def _flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

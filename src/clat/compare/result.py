@@ -1,0 +1,101 @@
+"""A comparison's result.json: every finished unit's entry, and what is needed to go on from it on another machine."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clat.compare.plan import Comparison
+from clat.compare.statistics import unpack
+from clat.errors import InputError
+from clat.files import parse_json, read_text, write_text
+from clat.text import plain
+
+Entry = dict[str, Any]
+FORM = 1  # of result.json; one of another form is not read
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON with a digest of it, atomically."""
+    lines = [f"{json.dumps(key)}: {_line(value)}" for key, value in {**content, "digest": _digest(content)}.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What ``write_sealed`` wrote. Raises InputError if it is damaged."""
+    content = parse_json(read_text(path, "result"), path, "result")
+    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
+        raise InputError(
+            f"{plain(path)} is damaged or was changed by hand: its content does not match its digest; put it back from "
+            "a copy, or move it away."
+        )
+    return content
+
+
+def write_result(path: Path, comparison: Comparison, entries: Iterable[Entry], found: Mapping[str, Any]) -> None:
+    """Writes the entries of the finished units, in the comparison's order, and what was ``found`` from them."""
+    content = {
+        "form": FORM,
+        "comparison": comparison.to_json(),
+        **found,
+        "units": list(entries),
+    }
+    write_sealed(path, content)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The entries in a result.json, or the one in a unit's file; none if there is no such file.
+
+    Raises:
+        InputError: it is damaged, or no result of clat's
+    """
+    if not path.is_file():
+        return []
+    content = read_sealed(path)
+    entries = content.get("units", [content])
+    try:
+        if content.get("form", FORM) != FORM:
+            raise ValueError(f"it has form {content['form']}, and this clat reads {FORM}")
+        for entry in entries:
+            _check(entry)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{plain(path)} is no result of clat compare's ({plain(error)}); put it back from a copy, or move it away."
+        ) from error
+    return entries
+
+
+def _check(entry: Entry) -> None:
+    """Raises what a value of another kind raises."""
+    str(entry["arm"] + entry["model"] + entry["start"] + entry["data"]["sha256"])
+    for key in ("seed", "epochs", "trainable", "parameters", "peak_memory_bytes"):
+        _require(type(entry[key]) is int and entry[key] >= 0, key)
+    _require(type(entry["seconds"]) in (int, float) and 0 <= entry["seconds"] < math.inf, "seconds")
+    _require(isinstance(entry["recipe"], dict) and isinstance(entry["environment"], dict), "recipe or environment")
+    _require(all(isinstance(digest, str) for digest in entry["weights"].values()), "weights")
+    for curve in entry["curves"].values():
+        _require(all(type(value) in (int, float) for value in curve), "a curve")
+    for found in entry["evaluations"]:
+        n = found["evaluation"]["images"]
+        _require(isinstance(found["images_sha256"], str) and isinstance(found["checkpoint"], str), "an evaluation")
+        for key in ("clean", "robust"):
+            right = unpack(found[f"{key}_images"])
+            _require(len(right) == n and int(right.sum()) == found[key], f"{key} of an evaluation")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{what} is damaged")
+
+
+def _line(value: Any) -> str:
+    """JSON on a line, or a line for each of several blocks."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        return "[\n" + ",\n".join(json.dumps(entry) for entry in value) + "\n]"
+    return json.dumps(value)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,184 @@
+"""What a comparison found: figures for each arm, a verdict on each contrast, and both as Markdown."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from clat.compare.plan import Arm, Comparison, Evaluation, Side
+from clat.compare.result import Entry
+from clat.compare.statistics import Contrast, Outcomes, contrasts, paired_difference, unpack
+from clat.text import plain
+
+MEASURES = ("robust", "clean")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One contrast on one measure."""
+
+    measure: str
+    contrast: Contrast
+    seeds: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        difference = self.contrast.difference
+        return {
+            "first": self.contrast.first,
+            "second": self.contrast.second,
+            "measure": self.measure,
+            "of_seeds": list(self.seeds),
+            **asdict(difference),
+            "p_holm": self.contrast.p,
+            "words": str(self.contrast),
+        }
+
+
+def verdicts(comparison: Comparison, entries: Sequence[Entry]) -> list[Verdict]:
+    """Each contrast whose arms have a seed in common, robust and clean; the contrasts of a measure are one family."""
+    found: list[Verdict] = []
+    for measure in MEASURES:
+        differences, seeds = {}, {}
+        for first, second in comparison.contrasts:
+            one, other = (outcomes(comparison, entries, side, measure) for side in (first, second))
+            common = tuple(seed for seed in one if seed in other)
+            if common:
+                pair = str(first), str(second)
+                differences[pair] = paired_difference(*(np.stack([each[s] for s in common]) for each in (one, other)))
+                seeds[pair] = common
+        found += [Verdict(measure, each, seeds[each.first, each.second]) for each in contrasts(differences)]
+    return found
+
+
+def outcomes(comparison: Comparison, entries: Sequence[Entry], side: Side, measure: str) -> dict[int, Outcomes]:
+    """Whether each image of the first evaluation is answered right, by seed."""
+    found = {}
+    for entry in entries:
+        measured = figures(entry, comparison.evaluations[0], side.checkpoint)
+        if entry["arm"] == side.arm and measured is not None:
+            found[entry["seed"]] = unpack(measured[f"{measure}_images"])
+    return found
+
+
+def figures(entry: Entry, evaluation: Evaluation, checkpoint: str) -> Mapping[str, Any] | None:
+    """What an entry has of an evaluation at a checkpoint."""
+    wanted = {key: value for key, value in asdict(evaluation).items() if key != "images" or value is not None}
+    for found in entry["evaluations"]:
+        same = all(found["evaluation"].get(key) == value for key, value in wanted.items())
+        if found["checkpoint"] == checkpoint and same:
+            return found
+    return None
+
+
+def findings(comparison: Comparison, entries: Sequence[Entry]) -> dict[str, Any]:
+    """What result.json says beside the units."""
+    return {
+        "seeds": {
+            arm.name: [entry["seed"] for entry in entries if entry["arm"] == arm.name] for arm in comparison.arms
+        },
+        "contrasts": [verdict.to_json() for verdict in verdicts(comparison, entries)],
+    }
+
+
+def columns(comparison: Comparison) -> list[str]:
+    """The headings of the arms' table."""
+    checkpoints = _checkpoints(comparison)
+    return ["arm", "seeds", *(f"{name} {each}" for each in checkpoints for name in ("clean", "robust")),
+            "best epoch", "seconds", "trains"]  # fmt: skip
+
+
+def rows(comparison: Comparison, entries: Sequence[Entry], evaluation: Evaluation) -> list[list[str]]:
+    """A row for each arm that has an entry: means over seeds and the spread (standard deviation) between them."""
+    found = []
+    for arm in comparison.arms:
+        own = [entry for entry in entries if entry["arm"] == arm.name]
+        if own:
+            found.append(_row(arm, own, evaluation, _checkpoints(comparison)))
+    return found
+
+
+def _row(arm: Arm, entries: Sequence[Entry], evaluation: Evaluation, checkpoints: Sequence[str]) -> list[str]:
+    cells = [arm.name, str(len(entries))]
+    for checkpoint in checkpoints:
+        measured = [found for entry in entries if (found := figures(entry, evaluation, checkpoint))]
+        for measure in ("clean", "robust"):
+            cells.append(_spread([100 * each[measure] / each["evaluation"]["images"] for each in measured], "{:.1f}"))
+    share = max(entry["trainable"] / entry["parameters"] for entry in entries)
+    cells.append(_spread([entry["best"]["epoch"] for entry in entries], "{:.0f}"))
+    cells.append(_spread([entry["seconds"] for entry in entries], "{:.0f}"))
+    return [*cells, f"{100 * share:.1f} %"]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _checkpoints(comparison: Comparison) -> list[str]:
+    every = ("best", "last", "averaged")
+    return [name for name in every if any(name in arm.evaluated for arm in comparison.arms)]
+
+
+def measured_how(comparison: Comparison, entries: Sequence[Entry], evaluation: Evaluation) -> str:
+    """Attack, eps and images, on one line."""
+    for entry in entries:
+        for checkpoint in _checkpoints(comparison):
+            if (found := figures(entry, evaluation, checkpoint)) is not None:
+                n = found["evaluation"]["images"]
+                eps = f"{255 * evaluation.eps:.3g}/255"
+                chosen = " (the best checkpoint was chosen on them)" if evaluation.of == "held-out" else ""
+                return f"{found['attack']}, linf eps {eps}, {n:,} {evaluation.of} images{chosen}"
+    return f"{evaluation.tier} tier"
+
+
+def lines_of(verdict: Verdict) -> list[str]:
+    """A contrast in words, and the figures behind it."""
+    found = verdict.contrast.difference
+    by_seed = "; ".join(
+        f"seed {seed}: {test.first} to {test.second} (p {test.p:.2g})"
+        for seed, test in zip(verdict.seeds, found.seeds, strict=True)
+    )
+    return [
+        f"{verdict.measure}: {verdict.contrast} (p {verdict.contrast.p:.2g} after Holm)",
+        f"images that only one of them gets right, and McNemar's test: {by_seed}",
+    ]
+
+
+def markdown(comparison: Comparison, entries: Sequence[Entry]) -> str:
+    """The whole result as a page."""
+    parts = [f"# {plain(comparison.question)}"]
+    for evaluation in comparison.evaluations:
+        parts.append(f"{measured_how(comparison, entries, evaluation)}. Percent; mean over seeds ± their spread.")
+        parts.append(_markdown_table(columns(comparison), rows(comparison, entries, evaluation)))
+    found = verdicts(comparison, entries)
+    if found:
+        parts.append("Contrasts, fixed beforehand: paired difference with its 95 % interval over images and seeds.")
+        parts.append("\n".join(f"- {first}\n  - {second}" for first, second in map(lines_of, found)))
+    if comparison.printed:
+        parts.append("As printed:")
+        parts.append("\n".join(f"- {plain(row)}" for row in _flat(comparison.printed)))
+    parts.append("\n".join(f"- {plain(note)}" for note in comparison.notes))
+    if comparison.then:
+        parts.append("The rest of the question:\n\n" + "\n".join(f"    {plain(line)}" for line in comparison.then))
+    parts = [part for part in parts if part]
+    return "\n\n".join(parts) + "\n"
+
+
+def _flat(printed: Mapping[str, Any], before: str = "") -> list[str]:
+    """Nested keys and values, a line for each value."""
+    found: list[str] = []
+    for key, value in printed.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{before}{key}, ")
+        else:
+            found.append(f"{before}{key}: {' / '.join(map(str, value)) if isinstance(value, list) else value}")
+    return found
+
+
+def _markdown_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    join: Callable[[Sequence[str]], str] = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+    return "\n".join([join(headings), "|" + "---|" * len(headings), *map(join, body)])
