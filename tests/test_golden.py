@@ -91,6 +91,7 @@ OTHER: dict[str, Keys] = {
     "steps, AdamW": {"objective": "pgd-at", "epochs": 2, "schedule": "step", "milestones": [2], "optimizer": "adamw"},
     "cyclic, momentum cycled": {"objective": "pgd-at", "epochs": 2, "schedule": "cyclic", "cycle_momentum": True},
     "SCORE around PGD-AT": {"objective": "score", "score": {"form": "pgd-at"}, "seed": 3, "holdout_seed": 1},
+    "listed layers": {"objective": "clat", "tuner": "critical", "critical": {"layers": ["layer4.0.conv1", "conv1"]}},
 }
 
 # A network, images and steps so few that all of this takes seconds.

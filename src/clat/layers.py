@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from clat.errors import InputError
+from clat.inputs import nearest
 from clat.network import Images, check_images, first_tensor, held
 from clat.text import plain
 
@@ -77,8 +78,11 @@ def named_layers(model: nn.Module, x: Images, names: Sequence[str]) -> dict[str,
     full = {name: name if name in known else f"{WRAPPER}{name}" for name in names}
     for name in names:
         if full[name] not in known:
-            listed = plain(", ".join(known))
-            raise InputError(f"The network has no layer {plain(name)!r}; clat layers lists them: {listed}.")
+            listed = [plain(layer.removeprefix(WRAPPER)) for layer in known]
+            raise InputError(
+                f"The network has no layer {plain(name)!r}; clat layers lists them: {', '.join(listed)}."
+                f"{nearest(name, listed)}"
+            )
     return {full[name]: known[full[name]] for name in names}
 
 

@@ -281,7 +281,7 @@ class CLAT(Method):
         threat: the whole threat model, instead of eps, step and steps
         seed: of the random ranking, where that is chosen
         options: keys of the objective (``Clat``: weight, cross_entropy, attack, distance) and of the tuner
-            (``Critical``: ranking, norm, at, head, norm_affine, norm_statistics)
+            (``Critical``: layers, ranking, norm, at, head, norm_affine, norm_statistics)
     Raises:
         InputError: a value out of range or an unknown key
     """

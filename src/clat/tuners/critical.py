@@ -10,11 +10,19 @@ from clat.criticality import LayerScore, Norm, check_k, criticality, layer_count
 from clat.errors import InputError
 from clat.features import At
 from clat.inputs import check_fields
-from clat.layers import trace
+from clat.layers import named_layers, trace
 from clat.network import Images, Labels
 from clat.threat import Threat, attack_output
 from clat.tuners.base import Tuner
-from clat.tuners.selection import Selection, moving_norms, parameters_of, selectable, with_tied
+from clat.tuners.selection import (
+    Selection,
+    frozen_before,
+    moving_norms,
+    parameters_of,
+    selectable,
+    weights_of,
+    with_tied,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +33,8 @@ class Critical(Tuner):
     selection (``requires_grad`` False) is never selected.
 
     Args:
+        layers: train these layers, by the names that ``clat layers`` prints, in place of k and ranking; projection
+            shortcuts and the head may be among them
         k: how many layers train (a whole number), or which share of them (a decimal above 0 and up to 1.0, all)
         every: epochs from one selection to the next (Algorithm 1: 10); 0 selects once (Table 4's non-dynamic variant)
         ranking: criticality (Algorithm 1, line 9), or one of its controls: random (Table 5) or lowest
@@ -39,6 +49,7 @@ class Critical(Tuner):
         learning_rate: what a selection does to the schedule: continue it, or restart it
     """
 
+    layers: tuple[str, ...] = ()
     k: int | float = 1
     every: int = 10
     ranking: Literal["criticality", "random", "lowest"] = "criticality"
@@ -69,8 +80,7 @@ class Critical(Tuner):
         """
         x_adv = attack_output(model, x, y, threat)
         scores = criticality(model, x, x_adv, norm=self.norm, at=self.at)
-        names = self._order(model, ranked(scores, head=self.head), seed + epoch)
-        selected = names[: layer_count(self.k, len(names))]
+        selected = self._listed(model, x) if self.layers else self._top(model, scores, seed + epoch)
         chosen = with_tied(model, selected, (score.name for score in scores))
         own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}
         trained = [*chosen, *sorted(own)] if self.norm_affine else chosen
@@ -82,9 +92,24 @@ class Critical(Tuner):
             scores=tuple(scores),
         )
 
-    def _order(self, model: nn.Module, candidates: list[LayerScore], seed: int) -> list[str]:
-        names = selectable(model, dict.fromkeys(score.name for score in candidates))
+    def _listed(self, model: nn.Module, x: Images) -> list[str]:
+        """The layers named by the recipe. Raises InputError if the network has no such layer, or has it frozen."""
+        names = list(named_layers(model, x, self.layers))
+        frozen = frozen_before(model)
+        for name in names:
+            if weights_of(model, name) & frozen:
+                raise InputError(
+                    f"critical.layers names {name}, which is frozen (requires_grad is False); call "
+                    "requires_grad_(True) on it, or leave it out."
+                )
+        return names
+
+    def _top(self, model: nn.Module, scores: list[LayerScore], seed: int) -> list[str]:
+        """The first k layers of the ranking."""
+        names = selectable(model, dict.fromkeys(score.name for score in ranked(scores, head=self.head)))
         if self.ranking == "random":
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-            return [names[i] for i in order]
-        return names[::-1] if self.ranking == "lowest" else names
+            names = [names[i] for i in order]
+        elif self.ranking == "lowest":
+            names = names[::-1]
+        return names[: layer_count(self.k, len(names))]
