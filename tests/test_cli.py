@@ -110,6 +110,17 @@ def test_layers_prints_a_ranking_and_writes_it(checkpoint, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["images"] == 10
 
 
+def test_layers_are_ranked_by_another_measure_under_its_name(checkpoint, tmp_path, capsys):
+    flags = ["--batch", "10", "--ranking", "loss", "--json", str(tmp_path / "layers.json")]
+    assert main(["layers", checkpoint, *DATA, *flags]) == 0
+    found = json.loads((tmp_path / "layers.json").read_text())
+    assert found["ranking"] == "loss"
+    rises = [row["loss"] for row in found["layers"][:17]]
+    assert rises == sorted(rises, reverse=True)
+    assert "criticality" not in found["layers"][0]
+    assert "highest loss first" in capsys.readouterr().out
+
+
 def test_every_shipped_recipe_loads():
     from clat.training.recipe import recipe_path
 

@@ -91,6 +91,10 @@ OTHER: dict[str, Keys] = {
     "steps, AdamW": {"objective": "pgd-at", "epochs": 2, "schedule": "step", "milestones": [2], "optimizer": "adamw"},
     "cyclic, momentum cycled": {"objective": "pgd-at", "epochs": 2, "schedule": "cyclic", "cycle_momentum": True},
     "SCORE around PGD-AT": {"objective": "score", "score": {"form": "pgd-at"}, "seed": 3, "holdout_seed": 1},
+    **{
+        f"ranking {ranking}": {"objective": "clat", "tuner": "critical", "critical": {"k": 3, "ranking": ranking}}
+        for ranking in ("relative", "loss", "alignment", "gradient")
+    },
     "listed layers": {"objective": "clat", "tuner": "critical", "critical": {"layers": ["layer4.0.conv1", "conv1"]}},
 }
 

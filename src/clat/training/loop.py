@@ -221,6 +221,7 @@ class _Trainer:
             order = torch.randperm(len(training), generator=torch.Generator().manual_seed(recipe.holdout_seed))
             training = training.subset(order[: recipe.images].sort().values)
         self.data = training.to(self.device)
+        self.held_out = validation  # all of it; what follows is this process's part
         self.validation = validation.subset(torch.arange(self.rank, len(validation), self.world)).to(self.device)
         self.classes, self.identity = len(data.classes), data.identity()
         objective, tuner = recipe.make_objective(), recipe.make_tuner()
@@ -288,16 +289,21 @@ class _Trainer:
         """Algorithm 1, lines 4-9."""
         recipe = self.recipe
         generator = torch.Generator().manual_seed(_seed(recipe.seed, epoch, 0))
-        chosen = self.data.subset(torch.randperm(len(self.data), generator=generator)[: self.tuner.batch])
-        pixels, y = next(chosen.batches(self.tuner.batch, workers=0))
+        x, y = self._drawn(self.data, self.tuner.batch, generator)
+        unseen = self._drawn(self.held_out, self.tuner.unseen(), generator) if self.tuner.unseen() else None
         # The same layers on every process. In fp32: early layers' differences of bf16 features are mostly rounding.
         with seeded(_seed(recipe.seed, epoch, 0), self.device):
-            selection = self.method.choose(to_unit(pixels), y, epoch)
+            selection = self.method.choose(x, y, epoch, unseen=unseen)
         if selection.partial(self.model):
             self.console.print(
                 f"  epoch {epoch}: selected {plain(_layer_list(selection))}", markup=False, highlight=False
             )
         return selection
+
+    def _drawn(self, data: Dataset, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = data.subset(torch.randperm(len(data), generator=generator)[:count]).to(self.device)
+        pixels, y = next(chosen.batches(count, workers=0))
+        return to_unit(pixels), y
 
     def _take(self, selection: Selection) -> torch.optim.Optimizer:
         """Puts a selection into effect; the optimizer is made anew for what trains from here on."""

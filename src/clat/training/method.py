@@ -20,6 +20,7 @@ from clat.threat import Threat, fraction
 from clat.training.awp import Awp
 from clat.training.integrity import LayerStatus, status, verify
 from clat.tuners import Critical, Selection, Tuner
+from clat.tuners.base import Batch
 
 
 class Method:
@@ -65,21 +66,24 @@ class Method:
 
     # Algorithm 1, lines 4 to 10
 
-    def select(self, x: Images, y: Labels) -> list[nn.Parameter]:
+    def select(self, x: Images, y: Labels, *, unseen: Batch | None = None) -> list[nn.Parameter]:
         """Chooses what trains on a batch of images, freezes the rest, and returns the parameters that train.
 
+        Args:
+            unseen: images and labels that are not trained on, for a tuner that compares with such
         Raises:
             InputError: images outside [0, 1], labels that the network has no output for, or too few layers for k
         """
         x, y = self._batch(x, y)
-        parameters = self.take(self.choose(x, y, self.selections + 1))
+        unseen = None if unseen is None else self._batch(*unseen)
+        parameters = self.take(self.choose(x, y, self.selections + 1, unseen=unseen))
         self.selections += 1
         return parameters
 
-    def choose(self, x: Images, y: Labels, epoch: int) -> Selection:
+    def choose(self, x: Images, y: Labels, epoch: int, *, unseen: Batch | None = None) -> Selection:
         """The tuner's decision before an epoch (from 1) on a batch of images. The network stays as it is."""
         self.mark()
-        return self.tuner.select(self.model, x, y, self.threat, epoch=epoch, seed=self.seed)
+        return self.tuner.select(self.model, x, y, self.threat, epoch=epoch, seed=self.seed, unseen=unseen)
 
     def take(self, selection: Selection) -> list[nn.Parameter]:
         """Puts a selection into effect, such as one from a run folder; returns the parameters that train."""

@@ -6,14 +6,15 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, Norm, check_k, criticality, layer_count, ranked
+from clat.criticality import LayerScore, Norm, check_k, layer_count, ranked
 from clat.errors import InputError
 from clat.features import At
 from clat.inputs import check_fields
 from clat.layers import named_layers, trace
 from clat.network import Images, Labels
 from clat.threat import Threat, attack_output
-from clat.tuners.base import Tuner
+from clat.tuners.base import Batch, Tuner
+from clat.tuners.rankings import Attacked, Order, Ranking, rank_layers
 from clat.tuners.selection import (
     Selection,
     frozen_before,
@@ -37,9 +38,13 @@ class Critical(Tuner):
             shortcuts and the head may be among them
         k: how many layers train (a whole number), or which share of them (a decimal above 0 and up to 1.0, all)
         every: epochs from one selection to the next (Algorithm 1: 10); 0 selects once (Table 4's non-dynamic variant)
-        ranking: criticality (Algorithm 1, line 9), or one of its controls: random (Table 5) or lowest
-        batch: training images that the criticality is measured on
-        norm: normalisation of the weakness: paper (1 / N, Eq. 5) or rms (1 / sqrt N)
+        ranking: criticality (Algorithm 1, line 9); another measure, of which the highest come first: relative (change
+            of the features under attack, as a share of their length), loss (rise of the loss if this layer alone were
+            attacked), alignment (of gradients on training and on held-out images) or gradient (its length for the
+            layer's size); or a control: random (Table 5) or lowest (criticality)
+        batch: training images that the ranking is measured on; alignment takes as many held-out ones as well
+        norm: normalisation of the weakness: paper (1 / N, Eq. 5), rms (1 / sqrt N) or relative (1 / the length of the
+            clean feature)
         at: features at the layer's output or after its normalisation and activation
         head: let the classification head be selected too
         norm_affine: train the scale and shift of a selected layer's own normalisation with it
@@ -52,7 +57,7 @@ class Critical(Tuner):
     layers: tuple[str, ...] = ()
     k: int | float = 1
     every: int = 10
-    ranking: Literal["criticality", "random", "lowest"] = "criticality"
+    ranking: Order = "criticality"
     batch: int = 100
     norm: Norm = "paper"
     at: At = "output"
@@ -70,16 +75,31 @@ class Critical(Tuner):
             raise InputError(f"critical.batch is {self.batch}; the criticality needs at least one image.")
         check_k(self.k, "critical.k")
 
+    def unseen(self) -> int:
+        return self.batch if self._measure() == "alignment" else 0
+
     def select(
-        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+        self,
+        model: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        *,
+        epoch: int = 1,
+        seed: int = 0,
+        unseen: Batch | None = None,
     ) -> Selection:
         """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,).
 
         Raises:
             InputError: more layers than can be selected, or a batch that is none
         """
-        x_adv = attack_output(model, x, y, threat)
-        scores = criticality(model, x, x_adv, norm=self.norm, at=self.at)
+        measure = self._measure()
+        attacked = Attacked(x, attack_output(model, x, y, threat), y)
+        other = None
+        if unseen is not None and measure == "alignment":
+            other = Attacked(unseen[0], attack_output(model, *unseen, threat), unseen[1])
+        scores = rank_layers(model, attacked, measure, unseen=other, norm=self.norm, at=self.at)
         selected = self._listed(model, x) if self.layers else self._top(model, scores, seed + epoch)
         chosen = with_tied(model, selected, (score.name for score in scores))
         own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}
@@ -91,6 +111,12 @@ class Critical(Tuner):
             training=moving_norms(model, self.norm_statistics, own),
             scores=tuple(scores),
         )
+
+    def _measure(self) -> Ranking:
+        """What the layers are ranked by; their criticality where they are chosen otherwise, for the record."""
+        if self.layers or self.ranking == "random" or self.ranking == "lowest":
+            return "criticality"
+        return self.ranking
 
     def _listed(self, model: nn.Module, x: Images) -> list[str]:
         """The layers named by the recipe. Raises InputError if the network has no such layer, or has it frozen."""

@@ -7,7 +7,7 @@ from torch import nn
 from clat.layers import layers
 from clat.network import Images, Labels
 from clat.threat import Threat
-from clat.tuners.base import Tuner
+from clat.tuners.base import Batch, Tuner
 from clat.tuners.selection import Selection, parameters_of
 
 
@@ -16,7 +16,15 @@ class Whole(Tuner):
     """Every parameter trains, in train mode, from the first epoch on; those frozen before stay frozen."""
 
     def select(
-        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+        self,
+        model: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        *,
+        epoch: int = 1,
+        seed: int = 0,
+        unseen: Batch | None = None,
     ) -> Selection:
         return Selection(
             epoch=epoch,
