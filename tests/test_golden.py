@@ -95,6 +95,13 @@ OTHER: dict[str, Keys] = {
         f"ranking {ranking}": {"objective": "clat", "tuner": "critical", "critical": {"k": 3, "ranking": ranking}}
         for ranking in ("relative", "loss", "alignment", "gradient")
     },
+    "a teacher, both cross-entropies": {
+        "objective": "clat",
+        "tuner": "critical",
+        "epochs": 2,
+        "clat": {"weight": 0.1, "teacher": 0.6, "cross_entropy": "both"},
+        "critical": {"k": 3},
+    },
     "listed layers": {"objective": "clat", "tuner": "critical", "critical": {"layers": ["layer4.0.conv1", "conv1"]}},
 }
 

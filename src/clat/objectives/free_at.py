@@ -38,7 +38,7 @@ class FreeAt(Objective):
         if self.replays < 2:
             raise InputError(f"free_at.replays is {self.replays}; with fewer than 2 no image meets its perturbation.")
 
-    def begin(self) -> Objective:
+    def begin(self, start: nn.Module | None = None) -> Objective:
         return _Epoch()
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:

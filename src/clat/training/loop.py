@@ -569,11 +569,12 @@ class _Trainer:
     # The end
 
     def _check_start(self, start: State) -> None:
-        """The run folder has fingerprints of the network that it began with, and a tuner's end needs that network."""
+        """The run folder has fingerprints of the network that it began with, which a tuner's end or a teacher needs."""
+        needed = self.tuner.ends or self.objective.learns_from_start()
         began = self.run.start
         if began.keys() != start.keys():
             other = "another network"
-        elif self.tuner.ends and {name: fingerprint(tensor) for name, tensor in start.items()} != began:
+        elif needed and {name: fingerprint(tensor) for name, tensor in start.items()} != began:
             other = "other weights"
         else:
             return

@@ -1,5 +1,6 @@
 """A method put to one network: what Algorithm 1 does to it, step by step."""
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -60,6 +61,7 @@ class Method:
         self.selection: Selection | None = None
         self.selections = 0
         self._before: State = {}  # the network when it was last verified
+        self.start = _frozen_copy(model) if objective.learns_from_start() else None  # as the run began
         self._running = objective
         self._classes: int | None = None  # of the network's outputs, once it has run
         self._through: tuple[nn.Module | None, int] = (None, 0)  # the last wrapper, and the selection it was made under
@@ -99,7 +101,7 @@ class Method:
 
     def begin(self) -> None:
         """Begins an epoch: an objective that remembers something from batch to batch forgets it."""
-        self._running = self.objective.begin()
+        self._running = self.objective.begin(self.start)
 
     # Lines 13 to 15
 
@@ -246,6 +248,11 @@ class Method:
         self._through = through, self.selections
 
 
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """The network as it is now, in eval mode, which stays so while the network itself trains."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
 class CLAT(Method):
     """Selects critical layers and computes the loss of Eq. 9; you own the loop and the optimizer.
 
@@ -275,6 +282,7 @@ class CLAT(Method):
 
     To go on after a stop, save the network, ``clat.state_dict()``, the optimizer and ``torch.get_rng_state()``, which
     the attacks draw from; load the network first, then ``optimizer = SGD(clat.load_state_dict(state), lr=0.01)``.
+    With ``teacher``, give CLAT the network that the loop began with, and load the saved one into it afterwards.
 
     Args:
         model: takes pixels in [0, 1] (batch, channel, height, width), returns class scores (batch, classes)
@@ -284,7 +292,7 @@ class CLAT(Method):
         steps: attack steps
         threat: the whole threat model, instead of eps, step and steps
         seed: of the random ranking, where that is chosen
-        options: keys of the objective (``Clat``: weight, cross_entropy, attack, distance) and of the tuner
+        options: keys of the objective (``Clat``: weight, cross_entropy, attack, distance, teacher) and of the tuner
             (``Critical``: layers, ranking, norm, at, head, norm_affine, norm_statistics)
     Raises:
         InputError: a value out of range or an unknown key
