@@ -97,6 +97,20 @@ def test_train_finetune_status_and_evaluate(tmp_path, capsys):
     assert main([*train, "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart"])
+def test_any_objective_tunes_the_critical_layers(objective, checkpoint, tmp_path, capsys):
+    flags = ["--tuner", "critical", "--critical.k", "2", "--lr", "0.01", "--epochs", "1", *TINY, "--images", "128"]
+    out = tmp_path / "run"
+    assert main(["finetune", objective, "--from", checkpoint, *DATA, "--out", str(out), *flags]) == 0
+    capsys.readouterr()
+    assert main(["status", str(out), "--json", "-"]) == 0
+    states = [layer["state"] for layer in json.loads(capsys.readouterr().out)]
+    assert (states.count("trained"), states.count("frozen")) == (2, 19)
+    terms = {"pgd-at": 1, "trades": 2, "mart": 2}[objective]
+    entry = json.loads((out / "metrics.jsonl").read_text())
+    assert sum(name.startswith("loss/") for name in entry) == terms
+
+
 def test_layers_prints_a_ranking_and_writes_it(checkpoint, tmp_path, capsys):
     assert main(["layers", checkpoint, *DATA, "--batch", "10", "--json", str(tmp_path / "layers.json")]) == 0
     printed = capsys.readouterr().out
