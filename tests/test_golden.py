@@ -102,6 +102,13 @@ OTHER: dict[str, Keys] = {
         "clat": {"weight": 0.1, "teacher": 0.6, "cross_entropy": "both"},
         "critical": {"k": 3},
     },
+    "the latent attack, AWP": {
+        "objective": "clat",
+        "tuner": "critical",
+        "clat": {"weight": 0.1, "attack": "latent"},
+        "critical": {"k": 3},
+        "awp": {"gamma": 0.01},
+    },
     "listed layers": {"objective": "clat", "tuner": "critical", "critical": {"layers": ["layer4.0.conv1", "conv1"]}},
 }
 

@@ -13,6 +13,7 @@ from clat.inputs import check_fields
 from clat.layers import trace, trained_layers
 from clat.network import Images, Labels, logits
 from clat.objectives.base import Objective
+from clat.objectives.latent import Latent
 from clat.threat import Threat, ascend, label_attack
 
 Distance = Literal["l2", "mean", "relative"]
@@ -29,7 +30,9 @@ class Clat(Objective):
     Args:
         weight: lambda of Eq. 9, for which the paper gives no value
         cross_entropy: images of the cross-entropy term: adversarial, clean (Eq. 9), or the mean of both
-        attack: what delta maximises: label, the cross-entropy of the output, or feature, L_C itself (Eq. 8)
+        attack: what delta maximises: label, the cross-entropy of the output; feature, L_C itself (Eq. 8); or latent,
+            the cross-entropy, by a delta on the input of the first selected layer, of the length that the pixel attack
+            reaches there
         distance: l2 (Eq. 7), mean (l2 / N, as in Eq. 5) or relative (l2 / the length of the clean feature)
         at: features at the layer's output or after its normalisation and activation
         teacher: weight of the divergence from the network as it was when the run began, on the images of the
@@ -39,7 +42,7 @@ class Clat(Objective):
 
     weight: float = 0.01
     cross_entropy: Literal["clean", "adversarial", "both"] = "adversarial"
-    attack: Literal["feature", "label"] = "label"
+    attack: Literal["feature", "label", "latent"] = "label"
     distance: Distance = "l2"
     at: At = "output"
     teacher: float = 0.0
@@ -53,15 +56,25 @@ class Clat(Objective):
             raise InputError(f"clat.teacher is {self.teacher}; the weight of the teacher must be 0 or more.")
         if not self.temperature > 0:
             raise InputError(f"clat.temperature is {self.temperature}; it must be above 0.")
+        if self.teacher and self.attack == "latent":
+            raise InputError(
+                "clat.teacher needs attacked images, and clat.attack latent makes none; set the attack to label, or "
+                "the teacher to 0."
+            )
 
     def learns_from_start(self) -> bool:
         return self.teacher > 0
 
     def begin(self, start: nn.Module | None = None) -> Objective:
+        if self.attack == "latent":
+            between = self._distance
+            return Latent(weight=self.weight, cross_entropy=self.cross_entropy, between=between, at=self.at)
         return self if start is None else _Taught(self, start)
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         """The inner maximisation of Eq. 8: the network runs only as far as its deepest selected layer."""
+        if self.attack == "latent":
+            raise InputError("clat.attack latent carries its perturbation to the loss; call begin() first.")
         if self.attack == "label":
             return label_attack(model, x, y, threat)
         if threat.start == "zero":
