@@ -109,6 +109,7 @@ OTHER: dict[str, Keys] = {
         "critical": {"k": 3},
         "awp": {"gamma": 0.01},
     },
+    "warm starts": {"objective": "pgd-at", "epochs": 3, "warm_start": True, "threat": {"steps": 1, "step": 0.02}},
     "listed layers": {"objective": "clat", "tuner": "critical", "critical": {"layers": ["layer4.0.conv1", "conv1"]}},
 }
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from clat.data.crops import Crops
 from clat.data.decoding import SAMPLE, DecodedLater, UnreadableError, decoded, fitted, is_grey, opened, remark
 from clat.data.labels import Classes, default, numbered, shortened
 from clat.data.sources import EMBEDDED, Holds, find_columns, read_splits, set_aside
@@ -20,7 +20,6 @@ from clat.network import Images, Labels
 from clat.text import plain
 
 RESIDENT_BYTES = 2 * 2**30  # sets up to this size are kept as uint8 tensors on the device
-PADDING = 4  # pixels around an image before it is cropped at random, the field's usual for 32x32
 LARGEST_EDGE = 4096  # pixels that images may be resized to
 SKETCH = 256  # hashes that stand for the images a network was trained on
 
@@ -247,19 +246,7 @@ def augment(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         pixels: (batch, channel, height, width), any type, on any device
         generator: source of the random numbers, on the CPU; default the global one
     """
-    count, channels, height, width = pixels.shape
-    top, left = torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=generator)
-    flipped = torch.rand(count, 1, generator=generator) < 0.5
-    rows = top + torch.arange(height)
-    columns = left + torch.where(flipped, torch.arange(width).flip(0), torch.arange(width))
-    padded = F.pad(pixels, (PADDING,) * 4)
-    device = pixels.device
-    return padded[
-        torch.arange(count, device=device).view(-1, 1, 1, 1),
-        torch.arange(channels, device=device).view(1, -1, 1, 1),
-        rows.to(device).view(count, 1, height, 1),
-        columns.to(device).view(count, 1, 1, width),
-    ]
+    return Crops.draw(len(pixels), generator).apply(pixels)
 
 
 def load_data(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from clat.checkpoint import load_tensors, load_weights, save_checkpoint, save_tensors
 from clat.compute import autocast, best_device, choose, in_words, layout_of, seeded, set_layout
 from clat.data.arrays import as_dataset
-from clat.data.dataset import Dataset, augment, to_unit
+from clat.data.crops import Crops
+from clat.data.dataset import Dataset, to_unit
 from clat.errors import InputError
 from clat.evaluation.evaluate import evaluate
 from clat.evaluation.fits import check_fits
@@ -32,9 +33,11 @@ from clat.training.method import Method
 from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from clat.training.recipe import Recipe
 from clat.training.runs import Run, environment
+from clat.training.warm import Perturbations
 from clat.tuners.selection import Selection
 
 Value = TypeVar("Value")
+ADDED = {"warm_start": False}  # keys that recipes of earlier versions lack, and what they then stand for
 
 
 def train(
@@ -174,7 +177,7 @@ def _settled(recipe: Recipe, model: nn.Module, data: Dataset, device: torch.devi
 
 
 def _check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
-    wanted, stored = _plain(asdict(recipe)), run.recipe
+    wanted, stored = _plain(asdict(recipe)), _begun(run.recipe)
     missing = [key for key in wanted if key not in stored]
     if missing:
         raise run.unusable("recipe.yaml", f"is damaged (it lacks {', '.join(missing)})")
@@ -188,6 +191,15 @@ def _check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
         raise InputError(
             f"The run in {run.folder} was started on other data than {data.source}; resume it on the same."
         )
+
+
+def _begun(stored: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a run folder, with the keys that it lacks because they are newer than it."""
+    usual = _plain(asdict(Recipe()))
+    blocks = {
+        key: value for key, value in usual.items() if isinstance(value, dict) and isinstance(stored.get(key), dict)
+    }
+    return {**ADDED, **stored, **{key: {**value, **stored[key]} for key, value in blocks.items()}}
 
 
 def _plain(value: Any) -> Any:
@@ -229,6 +241,9 @@ class _Trainer:
         self.objective, self.tuner = objective, tuner
         self.optimizer: torch.optim.Optimizer | None = None
         self.averaged = Averaged(model, recipe.average)
+        if recipe.warm_start and self.world > 1:
+            raise InputError("warm_start works in one process, as images change processes from epoch to epoch.")
+        self.warm = Perturbations(len(self.data), self.data.shape, self.device) if recipe.warm_start else None
         self.console = console if console and accelerator.is_main_process else Console(quiet=True)
         self.steps = max(1, len(self.data) // recipe.batch_size)
         self.size = min(recipe.batch_size, len(self.data))
@@ -318,13 +333,18 @@ class _Trainer:
         replays = self.objective.replays
         awp = recipe.awp if recipe.awp and epoch > recipe.awp.warmup else None
         totals: dict[str, Tensor] = {}
+        places = self._order(epoch).view(self.steps, -1)
         for step, (pixels, y) in enumerate(self._batches(epoch)):
-            x = to_unit(augment(pixels) if recipe.augment else pixels)
+            crops = Crops.draw(len(pixels)) if recipe.augment else None
+            x = to_unit(pixels if crops is None else crops.apply(pixels))
             if step == 0:
                 self.first_batch = x, y
             set_rate(optimizer, recipe, self._learning_rate(epoch, step))
             for _ in range(replays):
-                x_adv = self.method.attack(x, y)
+                warm = self.warm.threat(recipe.threat, places[step], crops) if self.warm else None
+                x_adv = self.method.attack(x, y, threat=warm)
+                if self.warm:
+                    self.warm.keep(x_adv - x, places[step], crops)
                 terms = self.method.update(optimizer, x, x_adv, y, awp=awp, clip=recipe.clip, share=self._share)
                 for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
                     totals[name] = totals.get(name, torch.zeros((), device=self.device)) + term
@@ -341,13 +361,17 @@ class _Trainer:
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of each batch; a rest smaller than a batch is left for another epoch's order."""
         generator = torch.Generator().manual_seed(_seed(self.recipe.seed, epoch, 0))
-        order = torch.randperm(len(self.data), generator=generator)[: self.steps * (self.size - self.extra_size)]
-        batches = self._in_batches(self.data, order)
+        batches = self._in_batches(self.data, self._order(epoch, generator))
         if self.extra is None:
             return batches
         picked = torch.randint(len(self.extra), (self.steps * self.extra_size,), generator=generator)
         both = zip(batches, self._in_batches(self.extra, picked), strict=True)
         return ((torch.cat([x, more_x]), torch.cat([y, more_y])) for (x, y), (more_x, more_y) in both)
+
+    def _order(self, epoch: int, generator: torch.Generator | None = None) -> Tensor:
+        """The places of the epoch's training images, batch after batch."""
+        generator = generator or torch.Generator().manual_seed(_seed(self.recipe.seed, epoch, 0))
+        return torch.randperm(len(self.data), generator=generator)[: self.steps * (self.size - self.extra_size)]
 
     def _in_batches(self, data: Dataset, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the order, cut into the epoch's steps."""
@@ -495,10 +519,12 @@ class _Trainer:
             raise self.run.unusable(path.name, "is missing", remedy)
         try:
             stored, facts = load_tensors(path)
-            state = {kind: _section(stored, kind) for kind in ("optimizer", "average", "network")}
+            state = {kind: _section(stored, kind) for kind in ("optimizer", "average", "network", "warm")}
             load_optimizer_state(optimizer, self.model, state["optimizer"])
             self.averaged.count = int(facts["averaged"])
             self.averaged.tensors = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
+            if self.warm:
+                self.warm.tensors = {name: state["warm"][name].to(self.device) for name in ("delta", "known")}
             if state["network"]:
                 self.model.load_state_dict(state["network"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -536,6 +562,7 @@ class _Trainer:
             "optimizer": optimizer_state(self.optimizer, self.model),
             "average": self.averaged.tensors,
             "network": network,
+            "warm": self.warm.tensors if self.warm else {},
         }
         stored = {f"{kind}/{name}": tensor for kind, part in sections.items() for name, tensor in part.items()}
         save_tensors(self.run.optimizer(epoch), stored, epoch=epoch, averaged=self.averaged.count)

@@ -105,10 +105,14 @@ class Method:
 
     # Lines 13 to 15
 
-    def attack(self, x: Images, y: Labels) -> Images:
-        """The images to train on, inside the ball and [0, 1]."""
+    def attack(self, x: Images, y: Labels, *, threat: Threat | None = None) -> Images:
+        """The images to train on, inside the ball and [0, 1].
+
+        Args:
+            threat: for this batch in place of the method's own, with the same ball
+        """
         with autocast(x.device, self.precision):
-            x_adv = self._running.perturb(self.model, x, y, self.threat)
+            x_adv = self._running.perturb(self.model, x, y, self.threat if threat is None else threat)
         return x if x_adv is x else self.threat.project(x_adv, x)
 
     def terms(self, x: Images, x_adv: Images, y: Labels, *, through: nn.Module | None = None) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ class Recipe:
         objective: how a batch is attacked and what it costs
         tuner: which parameters train
         threat: threat model of the training attack
+        warm_start: start each attack where the last epoch's attack on the same image ended, carried through crop and
+            flip; threat.start is then for images that no epoch had
         trades: keys of the objective trades
         mart: keys of the objective mart
         score: keys of the objective score
@@ -73,6 +75,7 @@ class Recipe:
     objective: str = "pgd-at"
     tuner: str = "whole"
     threat: Threat = field(default_factory=Threat)
+    warm_start: bool = False
     trades: Trades = field(default_factory=Trades)
     mart: Mart = field(default_factory=Mart)
     score: Score = field(default_factory=Score)
@@ -119,6 +122,12 @@ class Recipe:
             keys = self._keys(name)
             if name not in (self.objective, self.tuner) and keys is not None and keys != type(keys)():
                 raise InputError(f"{_field(name)} keys are given, but the recipe does not use {name}; remove them.")
+        if self.warm_start and (self.objective in ("clean", "free-at") or self.clat.attack == "latent"):
+            raise InputError(
+                "warm_start needs an objective that attacks pixels; not clean, free-at or a latent attack."
+            )
+        if self.warm_start and self.extra is not None:
+            raise InputError("warm_start works without extra, whose images are drawn anew in each epoch.")
         check_least(self, 1, "epochs", "batch_size", "images", "holdout")
         check_least(self, 0, "validation_steps", "weight_decay")
         for key in ("lr", "clip"):
