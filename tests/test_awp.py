@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from clat.errors import InputError
 from clat.network import same_bits, snapshot
-from clat.objectives import OBJECTIVES, FreeAt
+from clat.objectives import OBJECTIVES, FreeAt, PgdAt
 from clat.threat import Threat
 from clat.training.awp import Awp
+from clat.training.method import Method
+from clat.tuners import Critical
 
 
 def backward(model, x, y):
@@ -120,3 +122,25 @@ def test_values_out_of_range_are_refused():
     for keys in ({"gamma": 0}, {"gamma": 1}, {"warmup": -1}):
         with pytest.raises(InputError, match="awp"):
             replace(Awp(), **keys)
+
+
+def test_around_critical_only_what_is_selected_is_perturbed(plain, images):
+    """Also where the normalisation trains with its layer, whose scale and shift have one dimension."""
+    tuner = Critical(k=1, norm_affine=True, norm_statistics="selected")
+    method = Method(plain, PgdAt(), tuner, Threat(eps=0.1, step=0.05, steps=2))
+    method.select(*images)
+    (layer,) = method.layers
+    x_adv, before, inside = method.attack(*images), snapshot(plain), {}
+
+    class Looks(torch.optim.SGD):
+        def step(self, closure=None):
+            inside.update({name: tensor.clone() for name, tensor in snapshot(plain).items()})
+            return super().step(closure)
+
+    optimizer = Looks([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    method.update(optimizer, images[0], x_adv, images[1], awp=Awp(gamma=0.05))
+    moved = {name for name in dict(plain.named_parameters()) if not same_bits(inside[name], before[name])}
+    assert moved == {f"{layer}.weight"}
+    length = (inside[f"{layer}.weight"] - before[f"{layer}.weight"]).norm() / before[f"{layer}.weight"].norm()
+    assert length.item() == pytest.approx(0.05, rel=1e-3)
+    method.verify()  # and after the step, all that is frozen is what it was, bit for bit

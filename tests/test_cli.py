@@ -97,6 +97,20 @@ def test_train_finetune_status_and_evaluate(tmp_path, capsys):
     assert main([*train, "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart"])
+def test_any_objective_tunes_the_critical_layers(objective, checkpoint, tmp_path, capsys):
+    flags = ["--tuner", "critical", "--critical.k", "2", "--lr", "0.01", "--epochs", "1", *TINY, "--images", "128"]
+    out = tmp_path / "run"
+    assert main(["finetune", objective, "--from", checkpoint, *DATA, "--out", str(out), *flags]) == 0
+    capsys.readouterr()
+    assert main(["status", str(out), "--json", "-"]) == 0
+    states = [layer["state"] for layer in json.loads(capsys.readouterr().out)]
+    assert (states.count("trained"), states.count("frozen")) == (2, 19)
+    terms = {"pgd-at": 1, "trades": 2, "mart": 2}[objective]
+    entry = json.loads((out / "metrics.jsonl").read_text())
+    assert sum(name.startswith("loss/") for name in entry) == terms
+
+
 def test_layers_prints_a_ranking_and_writes_it(checkpoint, tmp_path, capsys):
     assert main(["layers", checkpoint, *DATA, "--batch", "10", "--json", str(tmp_path / "layers.json")]) == 0
     printed = capsys.readouterr().out
@@ -108,6 +122,17 @@ def test_layers_prints_a_ranking_and_writes_it(checkpoint, tmp_path, capsys):
     assert {row["note"] for row in rows[17:]} == {"shortcut", "head"}
     assert main(["layers", "rn18,width=8", *DATA, "--batch", "10", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 10
+
+
+def test_layers_are_ranked_by_another_measure_under_its_name(checkpoint, tmp_path, capsys):
+    flags = ["--batch", "10", "--ranking", "loss", "--json", str(tmp_path / "layers.json")]
+    assert main(["layers", checkpoint, *DATA, *flags]) == 0
+    found = json.loads((tmp_path / "layers.json").read_text())
+    assert found["ranking"] == "loss"
+    rises = [row["loss"] for row in found["layers"][:17]]
+    assert rises == sorted(rises, reverse=True)
+    assert "criticality" not in found["layers"][0]
+    assert "highest loss first" in " ".join(capsys.readouterr().out.split())
 
 
 def test_every_shipped_recipe_loads():

@@ -43,7 +43,7 @@ def test_criticality_equals_brute_force_over_the_corners_of_the_ball():
         before = weakness
 
 
-@pytest.mark.parametrize("norm", ["paper", "rms"])
+@pytest.mark.parametrize("norm", ["paper", "rms", "relative"])
 def test_criticality_equals_a_computation_from_stored_features(plain, images, norm):
     x, y = images
     plain.eval()
@@ -59,8 +59,9 @@ def test_criticality_equals_a_computation_from_stored_features(plain, images, no
     for score in layer_criticality(plain, x, x_adv, norm=norm):
         clean, attacked = stored[score.name]
         size = clean[0].numel()
-        distance = (attacked - clean).flatten(1).pow(2).sum(1).sqrt().mean().item()
-        assert score.weakness == pytest.approx(distance / (size if norm == "paper" else math.sqrt(size)), rel=1e-4)
+        distance = (attacked - clean).flatten(1).pow(2).sum(1).sqrt()
+        by = {"paper": size, "rms": math.sqrt(size), "relative": clean.flatten(1).norm(dim=1)}[norm]
+        assert score.weakness == pytest.approx((distance / by).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["paper", "rms"])

@@ -91,6 +91,26 @@ OTHER: dict[str, Keys] = {
     "steps, AdamW": {"objective": "pgd-at", "epochs": 2, "schedule": "step", "milestones": [2], "optimizer": "adamw"},
     "cyclic, momentum cycled": {"objective": "pgd-at", "epochs": 2, "schedule": "cyclic", "cycle_momentum": True},
     "SCORE around PGD-AT": {"objective": "score", "score": {"form": "pgd-at"}, "seed": 3, "holdout_seed": 1},
+    **{
+        f"ranking {ranking}": {"objective": "clat", "tuner": "critical", "critical": {"k": 3, "ranking": ranking}}
+        for ranking in ("relative", "loss", "alignment", "gradient")
+    },
+    "a teacher, both cross-entropies": {
+        "objective": "clat",
+        "tuner": "critical",
+        "epochs": 2,
+        "clat": {"weight": 0.1, "teacher": 0.6, "cross_entropy": "both"},
+        "critical": {"k": 3},
+    },
+    "the latent attack, AWP": {
+        "objective": "clat",
+        "tuner": "critical",
+        "clat": {"weight": 0.1, "attack": "latent"},
+        "critical": {"k": 3},
+        "awp": {"gamma": 0.01},
+    },
+    "warm starts": {"objective": "pgd-at", "epochs": 3, "warm_start": True, "threat": {"steps": 1, "step": 0.02}},
+    "listed layers": {"objective": "clat", "tuner": "critical", "critical": {"layers": ["layer4.0.conv1", "conv1"]}},
 }
 
 # A network, images and steps so few that all of this takes seconds.

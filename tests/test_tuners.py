@@ -162,3 +162,27 @@ def test_tied_weights_in_the_other_tuners(images):
 def test_more_layers_than_there_are_is_refused(plain, images):
     with pytest.raises(InputError, match="from 1 to 2"):
         Critical(k=3).select(plain, *images, THREAT)
+
+
+def test_layers_may_be_listed_in_place_of_a_ranking(tiny):
+    x, y = torch.rand(8, 1, 16, 16), torch.arange(8) % 3
+    names = ["layer4.0.shortcut.0", "network.conv1", "linear", "conv1"]
+    selection = Critical(k=7, ranking="lowest", layers=names).select(tiny, x, y, THREAT)
+    assert selection.layers == ("network.layer4.0.shortcut.0", "network.conv1", "network.linear")
+    assert {name.rpartition(".")[0] for name in selection.trainable} == set(selection.layers)
+    assert len(selection.scores) == 21
+    one = Critical(layers=["layer1.0.conv2"]).select(tiny, x, y, THREAT)
+    assert one.trainable == ("network.layer1.0.conv2.weight",)
+
+
+def test_listed_layers_that_cannot_train_are_refused(plain, images):
+    with pytest.raises(InputError, match=r"no layer 'frist'; clat layers lists them: first, .*Did you mean first\?"):
+        Critical(layers=["last", "frist"]).select(plain, *images, THREAT)
+    with pytest.raises(InputError, match=r"critical\.layers is 'first'; it must be a list"):
+        Critical(layers="first")
+    plain.first.requires_grad_(False)
+    with pytest.raises(InputError, match=r"critical\.layers names first, which is frozen"):
+        Critical(layers=["last", "first"]).select(plain, *images, THREAT)
+    selection = Critical(layers=["last"]).select(plain, *images, THREAT)
+    selection.apply(plain)
+    assert Critical(layers=["second"]).select(plain, *images, THREAT).layers == ("second",)

@@ -17,7 +17,7 @@ ROWS = (
     ("text",),
     ("activations", "batchnorm", "files", "inputs", "network"),
     ("compute", "data", "facts", "layers", "structure", "threat"),
-    ("features", "models"),
+    ("behind", "features", "models"),
     ("attacks", "checkpoint", "criticality"),
     ("objectives", "tuners"),
     ("evaluation",),

@@ -13,7 +13,7 @@ from clat.inputs import check_word, shown
 from clat.layers import Call, trace
 from clat.network import Images, check_images, held
 
-Norm = Literal["paper", "rms"]
+Norm = Literal["paper", "rms", "relative"]
 
 SMALLEST_RATIO = 1e-6  # denominators of Eq. 6 below this share of the largest weakness count as this share
 
@@ -23,7 +23,8 @@ class LayerScore:
     """One layer of the ranking; a layer that runs twice has two, with the same name.
 
     name: dotted name in the model; index: the paper's 1-based number, None for projection shortcuts;
-    weakness: W of Eq. 5; criticality: C of Eq. 6; parameters: weights and biases of the layer.
+    weakness: W of Eq. 5; criticality: C of Eq. 6, or what another ranking measures in its place
+    (``clat.tuners.rankings``); parameters: weights and biases of the layer.
     """
 
     name: str
@@ -44,7 +45,8 @@ def layer_criticality(
     Args:
         x: images (batch, channel, height, width)
         x_adv: the same images under attack, e.g. from ``attack_output``
-        norm: divide each feature distance by N ("paper", Eq. 5) or by sqrt(N) ("rms")
+        norm: divide each feature distance by N ("paper", Eq. 5), by sqrt(N) ("rms") or, image by image, by the length
+            of the clean feature ("relative")
         at: compare features at the layer's output or after its normalisation and activation
     Raises:
         InputError: images of another shape or outside [0, 1]; another word; features that are not finite
@@ -61,8 +63,11 @@ def layer_criticality(
 
     def compare(number: int, feature: Tensor) -> None:
         clean, attacked = feature.float().chunk(2)
-        size = clean[0].numel()
-        weakness[number] = lengths(attacked - clean).mean() / (size if norm == "paper" else math.sqrt(size))
+        distance, size = lengths(attacked - clean), clean[0].numel()
+        if norm == "relative":
+            weakness[number] = (distance / lengths(clean).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+        else:
+            weakness[number] = distance.mean() / (size if norm == "paper" else math.sqrt(size))
 
     with held(model), torch.no_grad():
         observe(model, torch.cat([x, x_adv]), modules, compare, at=at)

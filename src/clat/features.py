@@ -110,6 +110,31 @@ def compare(
     return scores if whole else None, torch.stack(list(distances.values())).sum(0)
 
 
+def spliced(model: nn.Module, x: Images, x_adv: Images, modules: Mapping[str, nn.Module], number: int) -> Tensor:
+    """The class scores (batch, classes) of x if one call of the modules gave for x what it gives for x_adv.
+
+    Both run as one batch, so a layer must not mix images: run the network in eval mode.
+
+    Args:
+        number: the call, counted from 0 in execution order over all modules
+    """
+    seen = 0
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen != number + 1:
+            return output
+        feature = first_tensor(output)
+        changed = feature.clone()
+        rows = _by_image(changed, images=2 * len(x), module=module)
+        rows[: len(x)] = rows[len(x) :]
+        return changed if output is feature else (changed, *output[1:])  # attention returns its weights too
+
+    with hooked([module.register_forward_hook(hook) for module in modules.values()]):
+        return logits(eager(model, torch.cat([x, x_adv])))[: len(x)]
+
+
 def feature_distance(
     model: nn.Module,
     x: Images,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
-from clat.cli.tables import layer_table, percent, ranking
+from clat.cli.tables import layer_rows, layer_table, percent
 from clat.criticality import layer_criticality, ranked
 from clat.data.dataset import Dataset, to_unit
 from clat.data.loading import load_data
@@ -90,7 +90,7 @@ def _show_critical(run: Run, training: Dataset, console: Console) -> None:
     scores = layer_criticality(model, x, attack_output(model, x, y, PRETRAIN.threat))
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print()
-    console.print(layer_table(ranking(scores)[:5], size, f"The 5 most critical of {len(ranked(scores))} layers"))
+    console.print(layer_table(layer_rows(scores)[:5], size, f"The 5 most critical of {len(ranked(scores))} layers"))
 
 
 def _row(name: str, run: Run, test: Dataset) -> dict[str, Any]:

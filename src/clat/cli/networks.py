@@ -1,6 +1,7 @@
 """The commands about a network as it is: layers, which ranks them, and import, which reads a public checkpoint."""
 
 from dataclasses import asdict, replace
+from typing import Literal
 
 import torch
 
@@ -20,8 +21,8 @@ from clat.cli.shared import (
     stored_facts,
     write_json,
 )
-from clat.cli.tables import attack_name, layer_table, ranking
-from clat.criticality import Norm, layer_criticality
+from clat.cli.tables import attack_name, layer_rows, layer_table
+from clat.criticality import Norm
 from clat.data.dataset import to_unit
 from clat.data.sources import EMBEDDED
 from clat.errors import InputError
@@ -33,6 +34,7 @@ from clat.models.importing import import_weights
 from clat.network import predict
 from clat.text import plain
 from clat.threat import Threat, attack_output
+from clat.tuners.rankings import Attacked, rank_layers
 
 
 def layers(
@@ -43,13 +45,14 @@ def layers(
     batch: int = 100,
     eps: float | str = 0.03,
     steps: int = 10,
+    ranking: Literal["criticality", "relative", "loss", "gradient"] = "criticality",
     norm: Norm = "paper",
     at: At = "output",
     seed: int = 0,
     device: str | None = None,
     json: str | None = None,
 ) -> None:
-    """Ranks the layers of a network by criticality (Eq. 5 and 6), most critical first.
+    """Ranks the layers of a network by criticality (Eq. 5 and 6) or another measure, the highest first.
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name, which starts at random weights
@@ -59,7 +62,9 @@ def layers(
         batch: number of images, drawn at random
         eps: radius of the l-infinity ball in pixels of [0, 1], e.g. 8/255
         steps: PGD steps
-        norm: divide feature distances by N (paper, Eq. 5) or by sqrt N (rms)
+        ranking: what to rank by: criticality; relative, the change of the features as a share of their length; loss,
+            its rise if this layer alone were attacked; or gradient, its length for the layer's size
+        norm: divide feature distances by N (paper, Eq. 5), by sqrt N (rms) or by the feature's length (relative)
         at: compare features at the layer's output or after its normalisation and activation
         seed: draws the images and the attack's start
         device: cpu, cuda, cuda:1 or mps; default the fastest kind of device here
@@ -79,18 +84,20 @@ def layers(
     threat = replace(pgd_threat(eps, steps), step=_paper_step(eps))
     x = to_unit(pixels)
     predict(opened, x)  # its scores are finite
-    scores = layer_criticality(opened, x, attack_output(opened, x, y, threat), norm=norm, at=at)
-    rows = ranking(scores)
+    attacked = Attacked(x, attack_output(opened, x, y, threat), y)
+    rows = layer_rows(rank_layers(opened, attacked, ranking, norm=norm, at=at), ranking)
     if json is not None:
-        facts = {"network": network, "data": data, "images": len(x), "threat": asdict(threat), "norm": norm, "at": at}
-        write_json(json, {**facts, "layers": rows})
+        facts = {"network": network, "data": data, "images": len(x), "threat": asdict(threat)}
+        write_json(json, {**facts, "ranking": ranking, "norm": norm, "at": at, "layers": rows})
     if json != "-":
         size = sum(parameter.numel() for parameter in opened.parameters())
         attack = attack_name(f"PGD-{steps}", threat)
         measured = Measured.of([opened], chosen, seed=seed, batch_size=len(x), device=place)
         console.print(assumed(measured, dataset), highlight=False)
         console.print(f"Normalisation: {normalisation_of(opened)}", markup=False, highlight=False)
-        console.print(layer_table(rows, size, f"Layers of {network}, most critical first ({len(x)} images, {attack})"))
+        first = "most critical" if ranking == "criticality" else f"highest {ranking}"
+        title = f"Layers of {network}, {first} first ({len(x)} images, {attack})"
+        console.print(layer_table(rows, size, title, ranking))
 
 
 def import_(

@@ -167,26 +167,27 @@ def _title(text: str) -> Text:
     return Text(plain(text), style="table.title")
 
 
-def ranking(scores: list[LayerScore]) -> list[dict[str, Any]]:
-    """The layers by rank; below them, unranked, those that are never selected."""
-    ranking = ranked(scores)
-    others = [score for score in scores if score not in ranking]
-    rows = [{"rank": rank, **asdict(score), "note": ""} for rank, score in enumerate(ranking, 1)]
+def layer_rows(scores: list[LayerScore], measure: str = "criticality") -> list[dict[str, Any]]:
+    """The layers by rank, with what they were ranked by under its name; below, unranked, those never selected."""
+    first = ranked(scores)
+    others = [score for score in scores if score not in first]
+    rows = [{"rank": rank, **asdict(score), "note": ""} for rank, score in enumerate(first, 1)]
     notes = {True: "shortcut", False: "head"}
-    return rows + [{"rank": None, **asdict(score), "note": notes[score.index is None]} for score in others]
+    rows += [{"rank": None, **asdict(score), "note": notes[score.index is None]} for score in others]
+    return [{measure if key == "criticality" else key: value for key, value in row.items()} for row in rows]
 
 
-def layer_table(rows: list[dict[str, Any]], size: int, title: str) -> Table:
-    """The rows of ``ranking`` for a terminal; ``size`` is the number of parameters of the whole network."""
+def layer_table(rows: list[dict[str, Any]], size: int, title: str, measure: str = "criticality") -> Table:
+    """The rows of ``layer_rows`` for a terminal; ``size`` is the number of parameters of the whole network."""
     table = Table(title=_title(title), title_justify="left", box=None, header_style="bold")
-    for heading in ("rank", "index", "layer", "C", "W", "parameters", "share"):
+    for heading in ("rank", "index", "layer", "C" if measure == "criticality" else measure, "W", "parameters", "share"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row in rows:
         table.add_row(
             str(row["rank"] or row["note"]),
             str(row["index"] or ""),
             layer_name(row["name"]),
-            f"{row['criticality']:.4g}",
+            f"{row[measure]:.4g}",
             f"{row['weakness']:.2e}",
             f"{row['parameters']:,}",
             f"{100 * row['parameters'] / size:.2f} %",

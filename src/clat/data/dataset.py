@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from clat.data.crops import Crops
 from clat.data.decoding import DecodedLater
 from clat.data.labels import default, shortened
 from clat.errors import InputError
@@ -17,7 +17,6 @@ from clat.inputs import shown
 from clat.network import Images, Labels
 from clat.text import plain
 
-PADDING = 4  # pixels around an image before it is cropped at random, the field's usual for 32x32
 SKETCH = 256  # hashes that stand for the images a network was trained on
 
 
@@ -259,16 +258,4 @@ def augment(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         pixels: (batch, channel, height, width), any type, on any device
         generator: source of the random numbers, on the CPU; default the global one
     """
-    count, channels, height, width = pixels.shape
-    top, left = torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=generator)
-    flipped = torch.rand(count, 1, generator=generator) < 0.5
-    rows = top + torch.arange(height)
-    columns = left + torch.where(flipped, torch.arange(width).flip(0), torch.arange(width))
-    padded = F.pad(pixels, (PADDING,) * 4)
-    device = pixels.device
-    return padded[
-        torch.arange(count, device=device).view(-1, 1, 1, 1),
-        torch.arange(channels, device=device).view(1, -1, 1, 1),
-        rows.to(device).view(count, 1, height, 1),
-        columns.to(device).view(count, 1, 1, width),
-    ]
+    return Crops.draw(len(pixels), generator).apply(pixels)

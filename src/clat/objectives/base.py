@@ -20,8 +20,20 @@ class Objective(ABC):
     replays: int = 1  # how often each batch is trained on
     largest_drop: float = 1.0  # of the accuracy under ``probe`` from one epoch to the next; a larger one ends the run
 
-    def begin(self) -> "Objective":
-        """The objective of the next epoch. One that remembers something from batch to batch starts here without it."""
+    def attacks_pixels(self) -> bool:
+        """Whether ``perturb`` maximises something over the pixels, from the threat model's start."""
+        return True
+
+    def learns_from_start(self) -> bool:
+        """Whether the loss compares with the network as it was when the run began, which ``begin`` is then given."""
+        return False
+
+    def begin(self, start: nn.Module | None = None) -> "Objective":
+        """The objective of the next epoch. One that remembers something from batch to batch starts here without it.
+
+        Args:
+            start: a frozen copy of the network as it was when the run began, if ``learns_from_start``
+        """
         return self
 
     @abstractmethod

@@ -11,8 +11,9 @@ from clat.errors import InputError
 from clat.features import At, Between, compare, feature_distance, l2, lengths, record
 from clat.inputs import check_fields
 from clat.layers import trace, trained_layers
-from clat.network import Images, Labels
+from clat.network import Images, Labels, logits
 from clat.objectives.base import Objective
+from clat.objectives.latent import Latent
 from clat.threat import Threat, ascend, attack_output
 
 Distance = Literal["l2", "mean", "relative"]
@@ -29,25 +30,55 @@ class Clat(Objective):
     Args:
         weight: lambda of Eq. 9, for which the paper gives no value
         cross_entropy: images of the cross-entropy term: adversarial, clean (Eq. 9), or the mean of both
-        attack: what delta maximises: label, the cross-entropy of the output, or feature, L_C itself (Eq. 8)
+        attack: what delta maximises: label, the cross-entropy of the output; feature, L_C itself (Eq. 8); or latent,
+            the cross-entropy, by a delta on the input of the first selected layer, of the length that the pixel attack
+            reaches there
         distance: l2 (Eq. 7), mean (l2 / N, as in Eq. 5) or relative (l2 / the length of the clean feature)
         at: features at the layer's output or after its normalisation and activation
+        teacher: weight of the divergence from the network as it was when the run began, on the images of the
+            cross-entropy; 0 for none
+        temperature: that both networks' scores are divided by in it
     """
 
     name = "clat"
     weight: float = 0.01
     cross_entropy: Literal["clean", "adversarial", "both"] = "adversarial"
-    attack: Literal["feature", "label"] = "label"
+    attack: Literal["feature", "label", "latent"] = "label"
     distance: Distance = "l2"
     at: At = "output"
+    teacher: float = 0.0
+    temperature: float = 2.0
 
     def __post_init__(self) -> None:
         check_fields(self, "clat.")
         if self.weight < 0:
             raise InputError(f"clat.weight is {self.weight}; lambda of Eq. 9 must be 0 or more.")
+        if self.teacher < 0:
+            raise InputError(f"clat.teacher is {self.teacher}; the weight of the teacher must be 0 or more.")
+        if not self.temperature > 0:
+            raise InputError(f"clat.temperature is {self.temperature}; it must be above 0.")
+        if self.teacher and self.attack == "latent":
+            raise InputError(
+                "clat.teacher needs attacked images, and clat.attack latent makes none; set the attack to label, or "
+                "the teacher to 0."
+            )
+
+    def attacks_pixels(self) -> bool:
+        return self.attack != "latent"
+
+    def learns_from_start(self) -> bool:
+        return self.teacher > 0
+
+    def begin(self, start: nn.Module | None = None) -> Objective:
+        if self.attack == "latent":
+            between = self._distance
+            return Latent(weight=self.weight, cross_entropy=self.cross_entropy, between=between, at=self.at)
+        return self if start is None else _Taught(self, start)
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         """The inner maximisation of Eq. 8: the network runs only as far as its deepest selected layer."""
+        if self.attack == "latent":
+            raise InputError("clat.attack latent carries its perturbation to the loss; call begin() first.")
         if self.attack == "label":
             return attack_output(model, x, y, threat)
         if threat.start == "zero":
@@ -62,6 +93,14 @@ class Clat(Objective):
 
     def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
         """Eq. 9. The images of the cross-entropy run through the whole network, the others only as far as needed."""
+        if self.learns_from_start():
+            raise InputError("clat.teacher needs the network that the run began with; call begin(start) first.")
+        return self.terms(model, x, x_adv, y)[0]
+
+    def terms(
+        self, model: nn.Module, x: Images, x_adv: Images, y: Labels
+    ) -> tuple[dict[str, Tensor], list[tuple[Images, Tensor]]]:
+        """The terms without the teacher's; and the images of the cross-entropy with their class scores."""
         selected = self._selected(model)
         adversarial = self.cross_entropy == "adversarial"
         first, second = (x_adv, x) if adversarial else (x, x_adv)
@@ -71,9 +110,11 @@ class Clat(Objective):
         cross_entropy = F.cross_entropy(scores, y)
         both = self.cross_entropy == "both"
         other, distance = compare(model, second, selected, features, between, at=self.at, whole=both)
+        scored = [(first, scores)]
         if other is not None:
             cross_entropy = (cross_entropy + F.cross_entropy(other, y)) / 2
-        return {"cross_entropy": cross_entropy, "criticality": self.weight * distance.mean()}
+            scored.append((second, other))
+        return {"cross_entropy": cross_entropy, "criticality": self.weight * distance.mean()}, scored
 
     def _selected(self, model: nn.Module) -> dict[str, nn.Module]:
         selected = trained_layers(model)
@@ -88,3 +129,26 @@ class Clat(Objective):
         if self.distance == "relative":
             return distance / lengths(clean).clamp_min(torch.finfo(torch.float32).tiny)
         return distance
+
+
+class _Taught(Objective):
+    """Clat in a run whose start is known: the start teaches the network its own outputs."""
+
+    def __init__(self, clat: Clat, start: nn.Module) -> None:
+        self.clat, self.start = clat, start
+
+    def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
+        return self.clat.perturb(model, x, y, threat)
+
+    def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
+        """Clat's terms and the teacher's: weight x T^2 KL(start's softmax at T, the network's), as Hinton et al."""
+        terms, scored = self.clat.terms(model, x, x_adv, y)
+        divergence = torch.stack([self._divergence(z, scores) for z, scores in scored]).mean()
+        return {**terms, "teacher": self.clat.teacher * divergence}
+
+    def _divergence(self, x: Images, scores: Tensor) -> Tensor:
+        temperature = self.clat.temperature
+        with torch.no_grad():
+            wanted = torch.softmax(logits(self.start(x)) / temperature, dim=1)
+        found = torch.log_softmax(scores / temperature, dim=1)
+        return temperature**2 * F.kl_div(found, wanted, reduction="batchmean")

@@ -16,6 +16,9 @@ class Clean(Objective):
 
     name = "clean"
 
+    def attacks_pixels(self) -> bool:
+        return False
+
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         return x
 

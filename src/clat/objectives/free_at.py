@@ -39,7 +39,10 @@ class FreeAt(Objective):
         if self.replays < 2:
             raise InputError(f"free_at.replays is {self.replays}; with fewer than 2 no image meets its perturbation.")
 
-    def begin(self) -> Objective:
+    def attacks_pixels(self) -> bool:
+        return False
+
+    def begin(self, start: nn.Module | None = None) -> Objective:
         return _Epoch()
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:

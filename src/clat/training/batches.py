@@ -7,11 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clat.data.dataset import Dataset, augment, to_unit
+from clat.data.crops import Crops
+from clat.data.dataset import Dataset, to_unit
 from clat.errors import InputError
 from clat.network import Images, Labels
+from clat.threat import Threat
 from clat.training.processes import Processes, seed_of
 from clat.training.recipe import Recipe
+from clat.training.warm import Perturbations
+from clat.tuners.base import Batch
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """This process's part of a batch.
+
+    Args:
+        places: of the training images among all of them, (batch,)
+        crops: how each image was cropped and flipped, if it was
+    """
+
+    x: Images
+    y: Labels
+    places: Tensor
+    crops: Crops | None
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,9 @@ class RunImages:
     Args:
         training: the images that are neither held out nor left out
         validation: this process's part of the held-out images
+        held_out: all of the held-out images, on which a selection may be made as well
         extra: the second data set, if there is one
+        warm: the last perturbation of every training image, if attacks start there
         steps: batches of an epoch
         size: images of a batch, over all processes
         extra_size: how many of them are extra ones
@@ -32,7 +53,9 @@ class RunImages:
 
     training: Dataset
     validation: Dataset
+    held_out: Dataset
     extra: Dataset | None
+    warm: Perturbations | None
     steps: int
     size: int
     extra_size: int
@@ -42,27 +65,50 @@ class RunImages:
     ranks: int = 1
     workers: int = 0
 
-    def for_selection(self, epoch: int, count: int) -> tuple[Images, Labels]:
-        """Training images that a selection before this epoch is made on, the same in every process."""
-        order = torch.randperm(len(self.training), generator=self._generator(epoch))[:count]
-        pixels, y = next(self.training.subset(order).batches(count, workers=0))
+    def for_selection(self, epoch: int, count: int, unseen: int = 0) -> tuple[Batch, Batch | None]:
+        """Images that a selection before this epoch is made on, the same in every process.
+
+        Returns:
+            ``count`` training images, and ``unseen`` held-out ones (None if 0), each with labels
+        """
+        generator = self._generator(epoch)
+        seen = self._drawn(self.training, count, generator)
+        return seen, self._drawn(self.held_out, unseen, generator) if unseen else None
+
+    def _drawn(self, data: Dataset, count: int, generator: torch.Generator) -> Batch:
+        chosen = data.subset(torch.randperm(len(data), generator=generator)[:count])
+        pixels, y = next(chosen.batches(count, workers=0))
         return to_unit(pixels), y
 
-    def batches(self, epoch: int) -> Iterator[tuple[Images, Labels]]:
+    def batches(self, epoch: int) -> Iterator[TrainingBatch]:
         """This process's part of each batch, augmented; a rest smaller than a batch waits for another epoch's order."""
-        for pixels, y in self.pixels(epoch):
-            yield to_unit(augment(pixels) if self.recipe.augment else pixels), y
+        places = self._order(self._generator(epoch)).view(self.steps, -1)[:, self.rank :: self.ranks]
+        for own, (pixels, y) in zip(places, self.pixels(epoch), strict=True):
+            crops = Crops.draw(len(pixels)) if self.recipe.augment else None
+            yield TrainingBatch(to_unit(pixels if crops is None else crops.apply(pixels)), y, own, crops)
 
     def pixels(self, epoch: int) -> Iterator[tuple[Tensor, Labels]]:
         """The same as stored: uint8 images without augmentation."""
         generator = self._generator(epoch)
-        order = torch.randperm(len(self.training), generator=generator)[: self.steps * (self.size - self.extra_size)]
-        own = self._in_batches(self.training, order)
+        own = self._in_batches(self.training, self._order(generator))
         if self.extra is None:
             return own
         picked = torch.randint(len(self.extra), (self.steps * self.extra_size,), generator=generator)
         both = zip(own, self._in_batches(self.extra, picked), strict=True)
         return ((torch.cat([x, more_x]), torch.cat([y, more_y])) for (x, y), (more_x, more_y) in both)
+
+    def threat(self, batch: TrainingBatch) -> Threat:
+        """The recipe's threat model; with a warm start, its attacks on these images start where the last ones ended."""
+        return self.warm.threat(self.recipe.threat, batch.places, batch.crops) if self.warm else self.recipe.threat
+
+    def keep(self, batch: TrainingBatch, x_adv: Images) -> None:
+        """Remembers where the attack on a batch ended, for a warm start."""
+        if self.warm:
+            self.warm.keep(x_adv - batch.x, batch.places, batch.crops)
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """The places of an epoch's training images, batch after batch."""
+        return torch.randperm(len(self.training), generator=generator)[: self.steps * (self.size - self.extra_size)]
 
     def _in_batches(self, data: Dataset, order: Tensor) -> Iterator[tuple[Tensor, Labels]]:
         """This process's part of the order, cut into the epoch's steps."""
@@ -85,12 +131,16 @@ def run_images(recipe: Recipe, data: Dataset, processes: Processes, workers: int
     if recipe.images is not None and recipe.images < len(training):
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(recipe.holdout_seed))
         training = training.subset(order[: recipe.images].sort().values)
+    if recipe.warm_start and processes.count > 1:
+        raise InputError("warm_start works in one process, as images change processes from epoch to epoch.")
     device, rank, count = processes.device, processes.rank, processes.count
     size = min(recipe.batch_size, len(training))
     return RunImages(
         training=training.to(device),
         validation=validation.subset(torch.arange(rank, len(validation), count)).to(device),
+        held_out=validation.to(device),
         extra=recipe.extra.load(training, device) if recipe.extra else None,
+        warm=Perturbations(len(training), training.shape, device) if recipe.warm_start else None,
         steps=max(1, len(training) // recipe.batch_size),
         size=size,
         extra_size=recipe.extra.count(size, count) if recipe.extra else 0,

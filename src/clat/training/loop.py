@@ -134,10 +134,11 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
 
 def _select(job: Job, epoch: int) -> Selection:
     """Lines 4 to 9: what trains from this epoch on, the same in every process."""
-    x, y = job.images.for_selection(epoch, job.method.tuner.batch)
+    tuner = job.method.tuner
+    (x, y), unseen = job.images.for_selection(epoch, tuner.batch, tuner.unseen())
     # In fp32: early layers' differences of bf16 features are mostly rounding.
     with seeded(seed_of(job.recipe.seed, epoch), job.processes.device):
-        selection = job.method.choose(x, y, epoch)
+        selection = job.method.choose(x, y, epoch, unseen=unseen)
     if selection.partial(job.model):
         job.say(f"epoch {epoch}: selected {plain(selection.in_words())}")
     return selection
@@ -163,10 +164,12 @@ def _epoch(
     share = job.processes.average_gradients
     totals: dict[str, Tensor] = {}
     progress(epoch, 0)
-    for step, (x, y) in enumerate(job.images.batches(epoch)):
+    for step, batch in enumerate(job.images.batches(epoch)):
+        x, y = batch.x, batch.y
         set_rate(optimizer, recipe, _rate(job, epoch, step))
         for _ in range(replays):
-            x_adv = method.attack(x, y)
+            x_adv = method.attack(x, y, threat=job.images.threat(batch))
+            job.images.keep(batch, x_adv)
             terms = method.update(optimizer, x, x_adv, y, awp=awp, clip=recipe.clip, share=share)
             for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=x.device)) + term

@@ -1,5 +1,6 @@
 """A method put to one network: what Algorithm 1 does to it, step by step."""
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from clat.threat import Threat, fraction
 from clat.training.awp import Awp
 from clat.training.integrity import LayerStatus, status, verify
 from clat.tuners import Critical, Selection, Tuner
+from clat.tuners.base import Batch
 
 
 class Method:
@@ -59,27 +61,31 @@ class Method:
         self.selection: Selection | None = None
         self.selections = 0
         self._before: State = {}  # the network when it was last verified
+        self.start = _frozen_copy(model) if objective.learns_from_start() else None  # as the run began
         self._running = objective
         self._classes: int | None = None  # of the network's outputs, once it has run
         self._through: tuple[nn.Module | None, int] = (None, 0)  # the last wrapper, and the selection it was made under
 
     # Algorithm 1, lines 4 to 10
 
-    def select(self, x: Images, y: Labels) -> list[nn.Parameter]:
+    def select(self, x: Images, y: Labels, *, unseen: Batch | None = None) -> list[nn.Parameter]:
         """Chooses what trains on a batch of images, freezes the rest, and returns the parameters that train.
 
+        Args:
+            unseen: images and labels that are not trained on, for a tuner that compares with such
         Raises:
             InputError: images outside [0, 1], labels that the network has no output for, or too few layers for k
         """
         x, y = self._batch(x, y)
-        parameters = self.take(self.choose(x, y, self.selections + 1))
+        unseen = None if unseen is None else self._batch(*unseen)
+        parameters = self.take(self.choose(x, y, self.selections + 1, unseen=unseen))
         self.selections += 1
         return parameters
 
-    def choose(self, x: Images, y: Labels, epoch: int) -> Selection:
+    def choose(self, x: Images, y: Labels, epoch: int, *, unseen: Batch | None = None) -> Selection:
         """The tuner's decision before an epoch (from 1) on a batch of images. The network stays as it is."""
         self.mark()
-        return self.tuner.select(self.model, x, y, self.threat, epoch=epoch, seed=self.seed)
+        return self.tuner.select(self.model, x, y, self.threat, epoch=epoch, seed=self.seed, unseen=unseen)
 
     def take(self, selection: Selection) -> list[nn.Parameter]:
         """Puts a selection into effect, such as one from a run folder; returns the parameters that train."""
@@ -95,14 +101,18 @@ class Method:
 
     def begin(self) -> None:
         """Begins an epoch: an objective that remembers something from batch to batch forgets it."""
-        self._running = self.objective.begin()
+        self._running = self.objective.begin(self.start)
 
     # Lines 13 to 15
 
-    def attack(self, x: Images, y: Labels) -> Images:
-        """The images to train on, inside the ball and [0, 1]."""
+    def attack(self, x: Images, y: Labels, *, threat: Threat | None = None) -> Images:
+        """The images to train on, inside the ball and [0, 1].
+
+        Args:
+            threat: for this batch in place of the method's own, with the same ball
+        """
         with autocast(x.device, self.precision):
-            x_adv = self._running.perturb(self.model, x, y, self.threat)
+            x_adv = self._running.perturb(self.model, x, y, self.threat if threat is None else threat)
         return x if x_adv is x else self.threat.project(x_adv, x)
 
     def terms(self, x: Images, x_adv: Images, y: Labels, *, through: nn.Module | None = None) -> dict[str, Tensor]:
@@ -242,6 +252,11 @@ class Method:
         self._through = through, self.selections
 
 
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """The network as it is now, in eval mode, which stays so while the network itself trains."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
 class CLAT(Method):
     """Selects critical layers and computes the loss of Eq. 9; you own the loop and the optimizer.
 
@@ -271,6 +286,7 @@ class CLAT(Method):
 
     To go on after a stop, save the network, ``clat.state_dict()``, the optimizer and ``torch.get_rng_state()``, which
     the attacks draw from; load the network first, then ``optimizer = SGD(clat.load_state_dict(state), lr=0.01)``.
+    With ``teacher``, give CLAT the network that the loop began with, and load the saved one into it afterwards.
 
     Args:
         model: takes pixels in [0, 1] (batch, channel, height, width), returns class scores (batch, classes)
@@ -280,8 +296,8 @@ class CLAT(Method):
         steps: attack steps
         threat: the whole threat model, instead of eps, step and steps
         seed: of the random ranking, where that is chosen
-        options: keys of the objective (``Clat``: weight, cross_entropy, attack, distance) and of the tuner
-            (``Critical``: ranking, norm, at, head, norm_affine, norm_statistics)
+        options: keys of the objective (``Clat``: weight, cross_entropy, attack, distance, teacher) and of the tuner
+            (``Critical``: layers, ranking, norm, at, head, norm_affine, norm_statistics)
     Raises:
         InputError: a value out of range or an unknown key
     """

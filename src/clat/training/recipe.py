@@ -39,6 +39,8 @@ class Recipe:
         objective: how a batch is attacked and what it costs
         tuner: which parameters train
         threat: threat model of the training attack
+        warm_start: start each attack where the last epoch's attack on the same image ended, carried through crop and
+            flip; threat.start is then for images that no epoch had
         awp: adversarial weight perturbation around each training step; none if not given
         average: averaged weights, which then are what is validated, saved as the best, and saved after each epoch in
             averaged.safetensors beside the raw last; none if not given
@@ -78,6 +80,7 @@ class Recipe:
     objective: Objective = field(default_factory=PgdAt)
     tuner: Tuner = field(default_factory=Whole)
     threat: Threat = field(default_factory=Threat)
+    warm_start: bool = False
     awp: Awp | None = None
     average: Average | None = None
     extra: Extra | None = None
@@ -112,6 +115,10 @@ class Recipe:
         if _section(self.objective) == _section(self.tuner):
             raise InputError(f"Objective and tuner are both called {self.tuner.name}; give one of them another name.")
         check_fields(self)
+        if self.warm_start and not self.objective.attacks_pixels():
+            raise InputError(f"warm_start needs an objective that attacks pixels, and {self.objective.name} does not.")
+        if self.warm_start and self.extra is not None:
+            raise InputError("warm_start works without extra, whose images are drawn anew in each epoch.")
         check_least(1, epochs=self.epochs, batch_size=self.batch_size, images=self.images, holdout=self.holdout)
         check_least(0, validation_steps=self.validation_steps)
         check_least(0.0, weight_decay=self.weight_decay)

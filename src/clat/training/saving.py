@@ -21,6 +21,8 @@ from clat.training.runs import Run
 from clat.training.validation import Metrics, accuracy
 from clat.tuners.selection import Selection
 
+ADDED = ("warm_start",)  # keys that run folders of earlier versions lack
+
 # The beginning
 
 
@@ -56,7 +58,7 @@ def check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
     """
     wanted, stored = recipe.keys(), run.recipe
     changed = [key for key in ("objective", "tuner") if stored.get(key, wanted[key]) != wanted[key]]
-    missing = [key for key in wanted if key not in stored]
+    missing = [key for key in wanted if key not in stored and key not in ADDED]
     if missing and not changed:
         raise run.unusable("recipe.yaml", f"is damaged (it lacks {', '.join(missing)})")
     if not changed:
@@ -79,13 +81,15 @@ def check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
 def check_same_start(job: Job, start: State) -> None:
     """Raises InputError unless the run in the folder began with such a network and such extra images.
 
-    A tuner that blends the network with its start at the end needs the very weights that the run began with.
+    A tuner that blends the network with its start at the end, and an objective that learns from the start, need the
+    very weights that the run began with.
     """
     run, extra = job.run, job.images.extra
-    began = run.start
+    began, method = run.start, job.method
+    needed = method.tuner.ends or method.objective.learns_from_start()
     if began.keys() != start.keys():
         other = "another network"
-    elif job.method.tuner.ends and {name: fingerprint(tensor) for name, tensor in start.items()} != began:
+    elif needed and {name: fingerprint(tensor) for name, tensor in start.items()} != began:
         other = "other weights"
     else:
         other = ""
@@ -114,7 +118,12 @@ def write_epoch(
     run, epoch = job.run, metrics[-1]["epoch"]
     # Where the tuner has changed the network, ``last`` holds its ordinary form, and this one is with the optimizer.
     network = job.model.state_dict() if job.method.tuner.state(job.model) is not None else {}
-    sections = {"optimizer": optimizer_state(optimizer, job.model), "average": job.averaged.tensors, "network": network}
+    sections = {
+        "optimizer": optimizer_state(optimizer, job.model),
+        "average": job.averaged.tensors,
+        "network": network,
+        "warm": job.images.warm.tensors if job.images.warm else {},
+    }
     stored = {f"{kind}/{name}": tensor for kind, part in sections.items() for name, tensor in part.items()}
     save_tensors(run.optimizer(epoch), stored, epoch=epoch, averaged=job.averaged.count)
     run.write("selections.jsonl", [selection.to_json() for selection in selections])
@@ -206,10 +215,12 @@ def _restore_optimizer(job: Job, epoch: int, optimizer: torch.optim.Optimizer) -
         raise run.unusable(path.name, "is missing", remedy)
     try:
         stored, facts = load_tensors(path)
-        state = {kind: _section(stored, kind) for kind in ("optimizer", "average", "network")}
+        state = {kind: _section(stored, kind) for kind in ("optimizer", "average", "network", "warm")}
         load_optimizer_state(optimizer, job.model, state["optimizer"])
         average = {name: tensor.to(job.processes.device) for name, tensor in state["average"].items()}
         job.averaged.count, job.averaged.tensors = int(facts["averaged"]), average
+        if job.images.warm:
+            job.images.warm.tensors = {key: state["warm"][key].to(job.processes.device) for key in ("delta", "known")}
         if state["network"]:
             job.model.load_state_dict(state["network"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

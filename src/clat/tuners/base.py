@@ -10,6 +10,7 @@ from clat.network import Images, Labels
 from clat.threat import Threat
 from clat.tuners.selection import Selection
 
+Batch = tuple[Images, Labels]
 Measure = Callable[[], tuple[float, float]]  # clean and robust accuracy on the held-out images, of the network as it is
 
 
@@ -30,11 +31,27 @@ class Tuner(ABC):
         """Whether a selection is made before this epoch; epochs count from 1 (Algorithm 1, line 3)."""
         return epoch == 1 or (self.every > 0 and (epoch - 1) % self.every == 0)
 
+    def unseen(self) -> int:
+        """How many images that were not trained on a selection is made on as well."""
+        return 0
+
     @abstractmethod
     def select(
-        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+        self,
+        model: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        *,
+        epoch: int = 1,
+        seed: int = 0,
+        unseen: Batch | None = None,
     ) -> Selection:
-        """Chooses what trains, from one batch of training images. Leaves the network as it was."""
+        """Chooses what trains, from one batch of training images. Leaves the network as it was.
+
+        Args:
+            unseen: images and labels that were not trained on; given if ``unseen()`` asks for some
+        """
 
     def begin(self, model: nn.Module, selection: Selection, *, seed: int = 0) -> None:
         """Gives the network parameters that a selection trains beyond its own. By default there are none."""

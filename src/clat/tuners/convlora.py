@@ -14,7 +14,7 @@ from clat.inputs import check_fields
 from clat.layers import NORM_TYPES, layer_modules, trace
 from clat.network import Images, Labels
 from clat.threat import Threat
-from clat.tuners.base import Tuner
+from clat.tuners.base import Batch, Tuner
 from clat.tuners.selection import FROZEN, Selection, moving_norms, parameters_of, selectable, with_tied
 
 HIGHEST_RANK = 4096  # no layer has more channels than that by much
@@ -52,7 +52,15 @@ class ConvLora(Tuner):
             raise InputError(f"convlora.alpha is {self.alpha}; it must be above 0.")
 
     def select(
-        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+        self,
+        model: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        *,
+        epoch: int = 1,
+        seed: int = 0,
+        unseen: Batch | None = None,
     ) -> Selection:
         """All layers that run on images x (batch, channel, height, width), but for the head.
 

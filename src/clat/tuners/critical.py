@@ -6,15 +6,24 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, Norm, check_k, layer_count, layer_criticality, ranked
+from clat.criticality import LayerScore, Norm, check_k, layer_count, ranked
 from clat.errors import InputError
 from clat.features import At
 from clat.inputs import check_fields
-from clat.layers import trace
+from clat.layers import named_layers, trace
 from clat.network import Images, Labels
 from clat.threat import Threat, attack_output
-from clat.tuners.base import Tuner
-from clat.tuners.selection import Selection, moving_norms, parameters_of, selectable, with_tied
+from clat.tuners.base import Batch, Tuner
+from clat.tuners.rankings import Attacked, Order, Ranking, rank_layers
+from clat.tuners.selection import (
+    Selection,
+    frozen_before,
+    moving_norms,
+    parameters_of,
+    selectable,
+    weights_of,
+    with_tied,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +34,17 @@ class Critical(Tuner):
     selection (``requires_grad`` False) is never selected.
 
     Args:
+        layers: train these layers, by the names that ``clat layers`` prints, in place of k and ranking; projection
+            shortcuts and the head may be among them
         k: how many layers train (a whole number), or which share of them (a decimal above 0 and up to 1.0, all)
         every: epochs from one selection to the next (Algorithm 1: 10); 0 selects once (Table 4's non-dynamic variant)
-        ranking: criticality (Algorithm 1, line 9), or one of its controls: random (Table 5) or lowest
-        batch: training images that the criticality is measured on
-        norm: normalisation of the weakness: paper (1 / N, Eq. 5) or rms (1 / sqrt N)
+        ranking: criticality (Algorithm 1, line 9); another measure, of which the highest come first: relative (change
+            of the features under attack, as a share of their length), loss (rise of the loss if this layer alone were
+            attacked), alignment (of gradients on training and on held-out images) or gradient (its length for the
+            layer's size); or a control: random (Table 5) or lowest (criticality)
+        batch: training images that the ranking is measured on; alignment takes as many held-out ones as well
+        norm: normalisation of the weakness: paper (1 / N, Eq. 5), rms (1 / sqrt N) or relative (1 / the length of the
+            clean feature)
         at: features at the layer's output or after its normalisation and activation
         head: let the classification head be selected too
         norm_affine: train the scale and shift of a selected layer's own normalisation with it
@@ -40,9 +55,10 @@ class Critical(Tuner):
     """
 
     name = "critical"
+    layers: tuple[str, ...] = ()
     k: int | float = 1
     every: int = 10
-    ranking: Literal["criticality", "random", "lowest"] = "criticality"
+    ranking: Order = "criticality"
     batch: int = 100
     norm: Norm = "paper"
     at: At = "output"
@@ -60,18 +76,32 @@ class Critical(Tuner):
             raise InputError(f"critical.batch is {self.batch}; the criticality needs at least one image.")
         check_k(self.k, "critical.k")
 
+    def unseen(self) -> int:
+        return self.batch if self._measure() == "alignment" else 0
+
     def select(
-        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+        self,
+        model: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        *,
+        epoch: int = 1,
+        seed: int = 0,
+        unseen: Batch | None = None,
     ) -> Selection:
         """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,).
 
         Raises:
             InputError: more layers than can be selected, or a batch that is none
         """
-        x_adv = attack_output(model, x, y, threat)
-        scores = layer_criticality(model, x, x_adv, norm=self.norm, at=self.at)
-        names = self._order(model, ranked(scores, head=self.head), seed + epoch)
-        selected = names[: layer_count(self.k, len(names))]
+        measure = self._measure()
+        attacked = Attacked(x, attack_output(model, x, y, threat), y)
+        other = None
+        if unseen is not None and measure == "alignment":
+            other = Attacked(unseen[0], attack_output(model, *unseen, threat), unseen[1])
+        scores = rank_layers(model, attacked, measure, unseen=other, norm=self.norm, at=self.at)
+        selected = self._listed(model, x) if self.layers else self._top(model, scores, seed + epoch)
         chosen = with_tied(model, selected, (score.name for score in scores))
         own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}
         trained = [*chosen, *sorted(own)] if self.norm_affine else chosen
@@ -83,9 +113,30 @@ class Critical(Tuner):
             scores=tuple(scores),
         )
 
-    def _order(self, model: nn.Module, candidates: list[LayerScore], seed: int) -> list[str]:
-        names = selectable(model, dict.fromkeys(score.name for score in candidates))
+    def _measure(self) -> Ranking:
+        """What the layers are ranked by; their criticality where they are chosen otherwise, for the record."""
+        if self.layers or self.ranking == "random" or self.ranking == "lowest":
+            return "criticality"
+        return self.ranking
+
+    def _listed(self, model: nn.Module, x: Images) -> list[str]:
+        """The layers named by the recipe. Raises InputError if the network has no such layer, or has it frozen."""
+        names = list(named_layers(model, x, self.layers))
+        frozen = frozen_before(model)
+        for name in names:
+            if weights_of(model, name) & frozen:
+                raise InputError(
+                    f"critical.layers names {name}, which is frozen (requires_grad is False); call "
+                    "requires_grad_(True) on it, or leave it out."
+                )
+        return names
+
+    def _top(self, model: nn.Module, scores: list[LayerScore], seed: int) -> list[str]:
+        """The first k layers of the ranking."""
+        names = selectable(model, dict.fromkeys(score.name for score in ranked(scores, head=self.head)))
         if self.ranking == "random":
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-            return [names[i] for i in order]
-        return names[::-1] if self.ranking == "lowest" else names
+            names = [names[i] for i in order]
+        elif self.ranking == "lowest":
+            names = names[::-1]
+        return names[: layer_count(self.k, len(names))]

@@ -15,7 +15,7 @@ from clat.inputs import check_fields
 from clat.layers import layer_modules, trace
 from clat.network import Images, Labels, held, logits
 from clat.threat import Threat, attack_output
-from clat.tuners.base import Measure, Tuner
+from clat.tuners.base import Batch, Measure, Tuner
 from clat.tuners.selection import Selection, moving_norms, selectable, with_tied
 
 Batches = Sequence[tuple[Images, Labels]]
@@ -66,7 +66,15 @@ class Rift(Tuner):
             raise InputError(f"rift.largest_drop is {self.largest_drop}; it is a share of the images, e.g. 0.001.")
 
     def select(
-        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+        self,
+        model: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        *,
+        epoch: int = 1,
+        seed: int = 0,
+        unseen: Batch | None = None,
     ) -> Selection:
         """The layer of the lowest MRC on images x (batch, channel, height, width) with labels y (batch,)."""
         calls = {call.name: call for call in trace(model, x[:1]) if isinstance(call.module, (nn.Conv2d, nn.Linear))}

@@ -7,7 +7,7 @@ from torch import nn
 from clat.layers import find_layers
 from clat.network import Images, Labels
 from clat.threat import Threat
-from clat.tuners.base import Tuner
+from clat.tuners.base import Batch, Tuner
 from clat.tuners.selection import Selection, parameters_of
 
 
@@ -18,7 +18,15 @@ class Whole(Tuner):
     name = "whole"
 
     def select(
-        self, model: nn.Module, x: Images, y: Labels, threat: Threat, *, epoch: int = 1, seed: int = 0
+        self,
+        model: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        *,
+        epoch: int = 1,
+        seed: int = 0,
+        unseen: Batch | None = None,
     ) -> Selection:
         return Selection(
             epoch=epoch,
