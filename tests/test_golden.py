@@ -5,9 +5,9 @@ and a fingerprint of all weights. Machines round differently, so there is a reco
 that has none, losses may differ by 1e-3 of their size from one of the records, and fingerprints are not compared. To
 compare bits there, write the record at the commit before the change, then test the change against it.
 
-``python tests/test_golden.py --write`` writes the record of this machine's kind. Do it only when numbers are meant to change (the
-CHANGELOG then says so) or when a method or recipe is added, and read the difference: entries of methods that were not
-touched must not move.
+``python tests/test_golden.py --write`` writes the record of this machine's kind. Do it only when numbers are
+meant to change (the CHANGELOG then says so) or when a method or recipe is added, and read the difference: entries of
+methods that were not touched must not move.
 """
 
 import hashlib
