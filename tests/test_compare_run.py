@@ -310,7 +310,7 @@ def test_a_dry_run_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     said = capsys.readouterr().out
     assert "4 units left: about" in said
-    assert "one/best or two/best, clat/last or one/last" in said
+    assert "one/best against two/best, clat/last against one/last" in said
 
 
 def synthetic(difference: float, generator: np.random.Generator) -> tuple:

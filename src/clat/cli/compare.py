@@ -138,7 +138,7 @@ def _show_plan(progress: Progress, data: Dataset, build: object, jobs: int, devi
     for each, wanted in zip(comparison.evaluations, progress.wanted, strict=True):
         how = f"{each.tier} tier, eps {255 * each.eps:.3g}/255, {wanted['evaluation']['images']:,} {each.of} images"
         console.print(f"Evaluation: {how}", highlight=False)
-    pairs = ", ".join(f"{first} or {second}" for first, second in comparison.contrasts)
+    pairs = ", ".join(f"{first} against {second}" for first, second in comparison.contrasts)
     console.print(plain(f"Contrasts: {pairs or 'none'}"), highlight=False)
     beside = f", {jobs} at a time" if jobs > 1 else ""
     console.print(f"{len(left)} units left{beside}: about {duration(total / jobs)}. {HOW}", highlight=False)
