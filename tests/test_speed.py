@@ -372,10 +372,14 @@ def test_what_was_chosen_is_said_with_the_flags_that_repeat_it(settled, asked, w
     assert words in in_words(torch.device("cpu"), *settled, asked)
 
 
+def wide() -> nn.Module:
+    """A network that works in channels-last with vectors of 16 numbers too."""
+    return build_model("rn18", 3, channels=1, width=16).to(memory_format=torch.contiguous_format)
+
+
 def test_a_run_keeps_what_was_settled_and_gives_the_network_back_in_its_own_layout(blobs, tmp_path, monkeypatch):
     monkeypatch.setattr("clat.compute.native_precision", lambda _: "fp32")
-    wide = build_model("rn18", 3, channels=1, width=16)  # bears channels-last with vectors of 16 numbers too
-    model = wide.to(memory_format=torch.contiguous_format)
+    model = wide()
     printed = io.StringIO()
     run = train(replace(CLAT, epochs=1), model, blobs, out=tmp_path / "run", console=Console(file=printed, width=200))
     assert (run.recipe["precision"], run.recipe["layout"]) == ("fp32", "channels-last")
@@ -384,7 +388,7 @@ def test_a_run_keeps_what_was_settled_and_gives_the_network_back_in_its_own_layo
     monkeypatch.setattr("clat.compute.native_precision", lambda _: "bf16")
     recipe = run.folder / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("layout: channels-last", "layout: contiguous"))
-    resumed = train(replace(CLAT, epochs=1), network(), blobs, out=tmp_path / "run", resume=True)
+    resumed = train(replace(CLAT, epochs=1), wide(), blobs, out=tmp_path / "run", resume=True)
     assert (resumed.recipe["precision"], resumed.recipe["layout"]) == ("fp32", "contiguous")
 
 

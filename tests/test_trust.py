@@ -441,12 +441,13 @@ def test_checks_come_after_what_they_need():
         seen.add(check.id)
 
 
-def test_the_documents_table_is_that_of_the_battery():
+def test_the_documents_show_the_words_of_every_check():
     text = (Path(__file__).parents[1] / "docs/trust.md").read_text()
-    rows = [f"| `{check.id}` | {check.title} | {check.words} | {check.source} |" for check in CHECKS]
-    assert "\n".join(rows) in text
-    assert f"A verdict needs these checks: {', '.join(f'`{check}`' for check in NEEDED)}." in " ".join(text.split())
+    for check in CHECKS:
+        assert "{" not in check.words
+        assert f"| `{check.id}` | {check.title} | {check.words} | {check.source} |" in text
     assert set(NEEDED) < {check.id for check in CHECKS}
+    assert f"A verdict needs these checks:\n\n<!-- made by make docs: needed checks -->\n`{NEEDED[0]}`" in text
 
 
 def test_the_adaptive_attack_goes_through_the_layers_that_are_named(pgd_at, test_images):

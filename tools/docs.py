@@ -197,7 +197,7 @@ def layer_numbers() -> Lines:
 
 
 def checks() -> Lines:
-    rows = [[f"`{check.id}`", check.title, check.threshold, check.source] for check in CHECKS]
+    rows = [[f"`{check.id}`", check.title, check.words, check.source] for check in CHECKS]
     return table("check | a sound network | threshold | source", rows)
 
 

@@ -85,7 +85,8 @@ class Method:
     def choose(self, x: Images, y: Labels, epoch: int, *, unseen: Batch | None = None) -> Selection:
         """The tuner's decision before an epoch (from 1) on a batch of images. The network stays as it is."""
         self.mark()
-        return self.tuner.select(self.model, x, y, self.threat, epoch=epoch, seed=self.seed, unseen=unseen)
+        more = {} if unseen is None else {"unseen": unseen}  # only tuners that ask for such images take them
+        return self.tuner.select(self.model, x, y, self.threat, epoch=epoch, seed=self.seed, **more)
 
     def take(self, selection: Selection) -> list[nn.Parameter]:
         """Puts a selection into effect, such as one from a run folder; returns the parameters that train."""
