@@ -172,7 +172,7 @@ def export_weights(source: Path | str | nn.Module, to: Path | str) -> None:
 
 
 def _is_wrapped(names: Any) -> bool:
-    """Whether these are the names of a network inside clat's normalisation."""
+    """Whether these are the names of a network inside clat's normalisation, with its prefix ``network.``."""
     return {"mean", "std"} <= set(names) and all(
         name in ("mean", "std") or name.startswith("network.") for name in names
     )
@@ -204,7 +204,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``save_tensors`` wrote, its digest checked; files from before there was one have none.
+    """Reads what ``save_tensors`` wrote and checks its digest. Older files have no digest.
 
     Raises:
         InputError: no such file, not safetensors, not written by clat, or with facts of another form

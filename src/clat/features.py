@@ -77,7 +77,7 @@ def record(
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
     """Class scores and the modules' features by call number; cloned, since a later module may change them in place.
 
-    With ``stop_after``, the number of calls to observe, the network is left after the last of them and gives no scores.
+    ``stop_after`` is the number of calls after which the pass ends; there are then no scores.
     """
     features: dict[int, Tensor] = {}
 

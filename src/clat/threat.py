@@ -76,7 +76,7 @@ class Threat:
         return torch.linalg.vector_norm((x_adv - x).flatten(1), ord=order, dim=1)
 
     def project(self, x_adv: Images, x: Images) -> Images:
-        """The point of the ball around x, cut with the box [0, 1], that each image of x_adv is moved to."""
+        """Projects x_adv onto the ball around x, then onto [0, 1]."""
         if self.norm == "linf":
             x_adv = torch.minimum(torch.maximum(x_adv, x - self.radius), x + self.radius)
         else:
@@ -120,7 +120,7 @@ def check_gradient(values: Tensor) -> None:
 
 
 def per_image(values: Tensor, like: Images) -> Tensor:
-    """Shape (batch,) made to multiply a tensor of shape (batch, ...)."""
+    """Reshapes (batch,) to broadcast against (batch, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 

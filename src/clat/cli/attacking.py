@@ -80,7 +80,7 @@ def say_measured(talk: Console, measured: Measured, data: Dataset, models: Mappi
 
 
 def say_read(words: Iterable[str], talk: Console) -> None:
-    """Says what was read from records and not measured now."""
+    """Prints which results come from an earlier record."""
     for each in filter(None, words):
         talk.print(f"{each[0].upper()}{each[1:]}.", highlight=False)
 

@@ -43,7 +43,7 @@ def compare(
 ) -> int:
     """Runs a comparison, a base and several arms with several seeds, and tests the contrasts fixed in its file.
 
-    What is done is not done again: the same command goes on where it was stopped. docs/compare.md shows a file.
+    If a comparison is interrupted, the same command continues it. docs/compare.md shows a file.
 
     Args:
         file: a YAML file, or the name of a comparison that ships with clat, e.g. random-or-critical

@@ -44,7 +44,7 @@ def evaluate(
 ) -> None:
     """Measures clean and robust accuracy under a tier of attacks, with counts and 95 % Wilson intervals.
 
-    An evaluation that was interrupted goes on where it stopped when the same command is given again.
+    If an evaluation is interrupted, the same command continues it.
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name

@@ -42,8 +42,8 @@ def sweep(
 ) -> None:
     """Measures accuracy as PGD grows stronger, over eps and over its number of steps (Figure 4).
 
-    Each point is measured by itself. Accuracy that rises with the strength of the attack is named: there the attack
-    failed. A sweep that was interrupted goes on where it stopped when the same command is given again.
+    Each point is measured separately. If accuracy rises with the strength of the attack, a warning is printed: the
+    attack failed there. If a sweep is interrupted, the same command continues it.
 
     Args:
         networks: checkpoints, run folders (their best checkpoints) or model names

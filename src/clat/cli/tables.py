@@ -27,7 +27,7 @@ NARROWEST = 16  # columns that a name is folded to at most
 
 @dataclass(frozen=True)
 class Name:
-    """A name as a cell: one line, folded from the left where the column is narrow, e.g. ``...layer4.1.conv2``."""
+    """A name in one line, shortened from the left to fit the column, e.g. ``...layer4.1.conv2``."""
 
     text: str
     style: str = ""

@@ -36,8 +36,8 @@ def transfer(
 ) -> None:
     """Attacks images on each network and measures every network on them (Table 2): black-box robustness.
 
-    Accuracies are over all images, also those that a network misclassifies clean. An attack on the network itself
-    (white-box) should fool it more than images attacked on another; where it does not, this is said.
+    Accuracies are over all images, also those that a network misclassifies clean. Attacks on the network itself
+    (white-box) should be stronger than attacks on another. If they are not, a warning is printed.
 
     Args:
         networks: two or more checkpoints, run folders (their best checkpoints) or model names

@@ -33,7 +33,7 @@ def trust(
 ) -> int:
     """Looks for signs that a network's robustness is overstated or its evaluation broken; exit code 1 if there are any.
 
-    So it is if not enough was checked: docs/trust.md lists the checks that a verdict needs.
+    The exit code is also 1 if too little was checked; docs/trust.md lists the checks that a verdict needs.
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name

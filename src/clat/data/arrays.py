@@ -16,7 +16,7 @@ from clat.data.labels import Classes, numbered
 from clat.errors import InputError
 from clat.text import plain
 
-EXACT = 1e-3  # floats times 255 this near to whole numbers were 8 bits before
+EXACT = 1e-3  # floats that times 255 are this close to whole numbers came from 8-bit images
 
 
 def as_dataset(source: Any, classes: Classes = None) -> Dataset:

@@ -170,7 +170,7 @@ class Dataset:
     def with_classes(self, names: Sequence[str], where: str) -> "Dataset":
         """The same images with classes numbered as in ``names``, matched by name.
 
-        Classes without names (0, 1, 2 ... as text) fit any names, if they are as many. What was done is in ``notes``.
+        Classes without names (0, 1, 2 ... as text) match any names of the same number; ``notes`` says what was done.
 
         Args:
             names: the classes of ``where``, a network for example, in its order
@@ -241,7 +241,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _listed(names: Sequence[str], others: Sequence[str]) -> str:
-    """Some of the names, first those that the others lack."""
+    """Some of the names, the ones missing from the other list first."""
     lacking = [name for name in names if name not in others]
     return shortened([*lacking, *(name for name in names if name in others)])
 
@@ -252,7 +252,7 @@ def to_unit(pixels: Tensor) -> Images:
 
 
 def augment(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pads by 4 pixels, crops at random and flips half of the images, each by itself, the whole batch in one gather.
+    """Pads by 4 pixels, crops at random and flips half of the images, each on its own, the whole batch in one gather.
 
     Args:
         pixels: (batch, channel, height, width), any type, on any device

@@ -122,7 +122,7 @@ def read_splits(source: str, config: str | None = None) -> Splits:
     if list(found) != ["train"]:
         return Splits(source, dict(found), "named")
     if path is None:
-        return Splits(source, dict(found), "to divide")  # a hub's only split is called train, whatever is in it
+        return Splits(source, dict(found), "to divide")  # a hub's only split is called train even if it is all images
     says = [path.stem] if path.is_file() else [str(file.relative_to(path)) for file in path.rglob("*")]
     saved = (path / "dataset_dict.json").is_file()
     return Splits(source, dict(found), "named" if saved or any(map(_split_in, says)) else "unnamed")

@@ -63,7 +63,7 @@ def evaluate(
         record: a folder that keeps a JSON file of each evaluation, written after each batch; one of the same network,
             images and attacks that was interrupted goes on from there, and one that is complete is read from it:
             ``Result.from_record`` says so. A record has a digest of its content, which finds damage and careless
-            edits; it is no signature, and whoever forges a record can forge its digest too. Of several processes that
+            edits; it is not a signature: a forged record can have a valid digest. Of several processes that
             a launcher started, only the first keeps records
         progress: is told after each batch
     Raises:

@@ -41,7 +41,7 @@ class Curve:
 
     @property
     def rises(self) -> list[tuple[Point, Point]]:
-        """Neighbours where the stronger attack left clearly more images right, which a sound attack does not."""
+        """Pairs of neighbouring points where accuracy is clearly higher under the stronger attack."""
         pairs = zip(self.points, self.points[1:], strict=False)
         return [(weak, strong) for weak, strong in pairs if strong.accuracy.value - weak.accuracy.value > TOLERATED]
 
@@ -70,7 +70,7 @@ def sweep(
 ) -> Curve:
     """Accuracy under PGD from one random start at each eps, or for each number of steps, on the same images.
 
-    Each point is measured by itself, so that the curve can rise where an attack fails; ``Curve.rises`` says where.
+    Each point is measured separately, so the curve can rise where an attack fails; ``Curve.rises`` says where.
 
     Args:
         strengths: the eps, of which 0 is clean, or the numbers of steps

@@ -176,7 +176,7 @@ def _renamed(name: str, renames: Sequence[Rename]) -> str:
 
 
 def _size(tensor: Tensor, axis: int) -> int:
-    """The length of an axis; 1 where there is none, so that the shapes are compared and told."""
+    """The length of an axis, 1 if there is none; the later comparison of shapes then reports it."""
     return max(1, tensor.shape[axis]) if tensor.dim() > axis else 1
 
 

@@ -22,7 +22,7 @@ class FreeAt(Objective):
     replay to replay and from batch to batch, although the images change. It starts again in each epoch (``begin``),
     so a resumed run equals an uninterrupted one.
 
-    An epoch makes ``replays`` times as many steps as one of another objective: give as many epochs fewer.
+    An epoch has ``replays`` times the usual number of steps: divide the epochs by ``replays``.
 
     Args:
         replays: m, how often each batch is trained on

@@ -98,9 +98,9 @@ def _is_own(path: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process however that ends.
+    """Holds the folder's lock; the system releases it when the process ends.
 
-    The folder is made for it, and goes again if nothing was written. Where the file system has no locks, nothing
+    A folder made for the lock is removed if nothing was written. Where the file system has no locks, nothing
     is held.
     """
     path, made = folder / LOCK, []
@@ -135,7 +135,7 @@ _held: set[int] = set()  # descriptors of the locks that this process holds
 
 
 def _close_held() -> None:
-    """In a process that was forked off, such as one that loads data: it may outlive its parent and must not lock."""
+    """Closes the locks in a forked process, such as a data loader: it can outlive its parent and must not lock."""
     for lock in _held:
         with suppress(OSError):
             os.close(lock)
@@ -177,7 +177,7 @@ def _same_file(lock: int, path: Path) -> bool:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    with suppress(OSError, ValueError):  # something was written, or there can be no such folder
+    with suppress(OSError, ValueError):  # the folder is not empty, or could not be made
         for folder in folders:
             folder.rmdir()
 

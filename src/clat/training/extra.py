@@ -15,7 +15,7 @@ from clat.network import predict
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """More images to train on. An epoch has as many steps as without them, each with fewer of the training images.
+    """More images to train on. The number of steps stays the same; each batch has fewer training images.
 
     The authors' batches are half and half, and so is the default; training images come without replacement within an
     epoch, extra ones with.

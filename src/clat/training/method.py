@@ -178,11 +178,11 @@ class Method:
         self.mark()
 
     def mark(self) -> None:
-        """Takes the network as it is now for what the next ``verify`` compares it with."""
+        """Remembers the network as it is now; the next ``verify`` compares with it."""
         self._before = snapshot(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a stopped loop needs to go on, as numbers, texts and lists: last selection, their count, the seed."""
+        """What a loop needs to continue after a stop, as plain values: last selection, their count, the seed."""
         selection = None if self.selection is None else self.selection.to_json()
         return {"selection": selection, "selections": self.selections, "seed": self.seed}
 
@@ -276,7 +276,7 @@ class CLAT(Method):
     float64 parameters. Layers that you froze before (``requires_grad`` False) stay frozen and are not selected.
 
     On several processes, select on the bare network, on the same images and random numbers in each process; then wrap,
-    anew after every selection, because DistributedDataParallel averages what trained when it was made::
+    again after every selection, because DistributedDataParallel averages what trained when it was made::
 
         parameters = clat.select(x, y)
         ddp = DistributedDataParallel(model, broadcast_buffers=False)

@@ -1,4 +1,4 @@
-"""A run folder: everything a run was told and everything it found, written so that a kill at any moment is harmless.
+"""A run folder: settings and results of a run, written so that it can be killed at any moment.
 
 recipe.yaml            the resolved recipe
 environment.json       data, model, versions, hardware, command
@@ -13,8 +13,8 @@ result.json            the summary, once the run is finished
 evaluations/           what clat evaluate found, a file an evaluation
 .lock                  there while a process trains here
 
-What is read back is checked here, each file by itself and all against each other, so that a folder that is damaged or
-incomplete is refused with the name of the file and never trained on from.
+Files are checked when they are read, each one and against each other: a damaged or incomplete folder is refused, with
+the name of the file, and never trained on from.
 """
 
 import json

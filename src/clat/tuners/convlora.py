@@ -1,4 +1,4 @@
-"""A product of two small matrices is added to every frozen weight, and only these matrices train: ConvLoRA."""
+"""ConvLoRA: a low-rank product is added to every frozen weight, and only its factors train."""
 
 import math
 from dataclasses import dataclass

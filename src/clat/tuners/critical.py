@@ -1,4 +1,4 @@
-"""The most critical layers train, chosen anew every few epochs: Algorithm 1."""
+"""Algorithm 1: the most critical layers train, and are chosen again every few epochs."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -24,8 +24,8 @@ class Selection:
         layers: dotted names of the selected layers, most critical first
         trainable: names of the parameters that train; all others are frozen
         training: dotted names of the modules that run in train mode meanwhile ("" is the whole network); all others
-            run in eval mode, so that their buffers stand still
-        scores: criticality of every layer when the decision was made (what a tuner measures instead, it says itself)
+            run in eval mode, so that their buffers do not change
+        scores: what the tuner measured of every layer when it chose; for ``Critical``, the criticality
     """
 
     epoch: int
@@ -61,7 +61,7 @@ class Selection:
 
     @contextmanager
     def mode(self, model: nn.Module) -> Iterator[None]:
-        """Holds the modes that this selection trains in, whatever the caller set, and puts the caller's back."""
+        """Puts modules into the modes that this selection trains in, then restores the caller's."""
         before = [(module, module.training) for module in model.modules()]
         model.eval()
         for name in self.training:
@@ -104,7 +104,7 @@ def moving_norms(
 
 
 def frozen_before(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that whoever made the network froze; what a selection of clat froze is not among them."""
+    """Parameters that are frozen, but not by a selection of clat."""
     return {
         parameter
         for module in model.modules()

@@ -161,7 +161,7 @@ def _run(s: Subject, checks: Sequence[Check], end: float, progress: Callable[[Ch
 
 
 def _ask(check: Check, s: Subject, left: float, findings: Sequence[Finding]) -> Outcome:
-    """What a check finds, if what it needs has run and the seconds that are left suffice."""
+    """Runs a check, unless one that it needs has not run or too little time is left."""
     ran = {finding.check for finding in findings if finding.status != "skipped"}
     missing = [need for need in check.needs if need not in ran]
     if missing:
