@@ -68,7 +68,7 @@ def load_checkpoint(path: Path | str, model: nn.Module | None = None) -> tuple[n
 
 
 def checkpoint_path(path: Path | str) -> Path:
-    """The file that a checkpoint or run folder stands for: in a folder, the best checkpoint by validation."""
+    """The file of a checkpoint or run folder: in a folder, the best checkpoint by validation."""
     path = Path(path)
     if _holds(path.is_dir):
         if not _holds((path / "best.safetensors").is_file):
@@ -212,7 +212,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     with _opened(path) as (file, metadata):
         facts = _facts(metadata, path)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     if DIGEST in metadata and metadata[DIGEST] != _digest(tensors, metadata[KEY]):
         raise DamagedError(
             f"{plain(path)} is damaged: its content does not match the digest it was written with; use another copy "

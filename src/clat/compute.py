@@ -48,7 +48,7 @@ def choose(
     Args:
         x: a few images on the network's device
     Raises:
-        InputError: the network does not bear the layout that is asked for
+        InputError: the network does not work in the layout that is asked for
     """
     if precision == "auto":
         precision = native_precision(x.device)
@@ -93,7 +93,7 @@ def _scores(model: nn.Module, x: Images) -> Tensor:
 
 
 def autocast(device: torch.device | str, precision: Precision) -> Any:
-    """The context of a precision on a device. Casts are not cached: attacks toggle ``requires_grad`` meanwhile."""
+    """The context of a precision on a device. Casts are not cached: attacks toggle ``requires_grad`` inside it."""
     if precision == "fp32" or (precision == "auto" and native_precision(device) == "fp32"):
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=False)

@@ -81,7 +81,7 @@ def parse_yaml(text: str, where: object, what: str = "file") -> Any:
     """YAML as values, without tags, aliases or deep nesting, which a recipe does not need.
 
     Raises:
-        InputError: naming ``where``, if it is no such YAML
+        InputError: naming ``where``, if it is not such YAML
     """
     try:
         depth = 0

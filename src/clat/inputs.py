@@ -105,7 +105,7 @@ def entry_of(annotation: Any) -> Any:
 
 
 def fit(name: str, value: Any, annotation: Any) -> Any:
-    """The value as its annotation has it. Raises InputError, naming it, if it does not fit."""
+    """The value in the type of its annotation. Raises InputError, naming it, if it does not fit."""
     kinds = _kinds(annotation)
     if value is None and type(None) in kinds:
         return None

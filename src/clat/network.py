@@ -31,7 +31,7 @@ def class_scores(model: nn.Module, x: Images) -> Tensor:
             scores = logits(model(x))
     except InputError:
         raise
-    except Exception as error:  # whatever a network raises
+    except Exception as error:  # a network may raise anything
         said = plain(" ".join(str(error).split())[:200]).rstrip(".")
         advice = "; lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
         raise InputError(

@@ -144,7 +144,7 @@ def ascend(
         cost: maps images (batch, ...) to one value per image (batch,)
         x: images with pixels in [0, 1]
         threat: ball, steps, start and mode
-        model: the network that the cost runs, whose state is held meanwhile
+        model: the network that the cost runs, whose state is restored afterwards
         keep: return the last iterate or, image by image, the one with the highest cost
         start: images like x to start from, moved into ball and box, in place of ``threat.start``
         momentum: share of the earlier direction that each step keeps, the gradients having l1 length 1 (Dong et al.

@@ -49,7 +49,7 @@ def evaluate(
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
-        model: the network of weights that may not or do not say it, such as your file.py:factory
+        model: the network of weights that cannot or do not name it, such as your file.py:factory
         tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000), full (AutoAttack on all) or
             blackbox (Square alone on 1,000), for networks without gradients
         split: split of the data

@@ -20,7 +20,7 @@ class Arm:
         recipe: a recipe's name or file, or several that are laid over one another
         keys: of the recipe with the arm's laid over, without the seed
         model: the network, as ``--model`` takes it
-        start: the arm that it goes on from, ``base`` among them; None from random weights
+        start: the arm that it starts from, ``base`` among them; None from random weights
         checkpoint: of that arm: best, last or averaged
         evaluated: the checkpoints that are measured
     """
@@ -104,7 +104,7 @@ class Comparison:
         raise InputError(f"There is no arm {shown(name)}; choose one of {', '.join(names)}.{nearest(name, names)}")
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
-        """Every training run, arm and seed, each after the one that it goes on from."""
+        """Every training run, arm and seed, each after the one that it starts from."""
         for seed in self.seeds:
             done: set[str | None] = {None}
             left = list(self.arms)

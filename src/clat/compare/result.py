@@ -1,4 +1,4 @@
-"""A comparison's result.json: every finished unit's entry, and what is needed to go on from it on another machine."""
+"""A comparison's result.json: every finished unit's entry, and what another machine needs to continue from it."""
 
 import hashlib
 import json

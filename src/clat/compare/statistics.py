@@ -20,7 +20,7 @@ Outcomes = NDArray[np.bool_]  # True where the answer is right: (images,), or (s
 
 LEVEL = 0.05  # of every test here, and of the intervals: 95 %
 RESAMPLES = 10_000  # of a bootstrap
-DRAWS = 100_000  # that stand for a t or chi-square distribution
+DRAWS = 100_000  # that represent a t or chi-square distribution
 
 
 def pack(outcomes: Outcomes) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def pack(outcomes: Outcomes) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> Outcomes:
-    """What ``pack`` packed, shape (n,). Raises InputError if it is no such thing."""
+    """What ``pack`` packed, shape (n,). Raises InputError if it is not that."""
     try:
         n, bits = packed["n"], base64.b64decode(packed["bits"], validate=True)
     except (KeyError, TypeError, ValueError, binascii.Error) as error:

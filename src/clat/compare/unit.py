@@ -64,7 +64,7 @@ class Unit:
 
     @property
     def origin(self) -> Path | None:
-        """The checkpoint that it goes on from; None from random weights."""
+        """The checkpoint that it starts from; None from random weights."""
         if self.arm.start is None:
             return None
         return self.out / "runs" / f"{self.arm.start}-{self.seed}" / f"{self.arm.checkpoint}.safetensors"
@@ -221,7 +221,7 @@ def matches(entry: Entry, unit: Unit, data: str, start: Entry | None, wanted: Se
 
     Args:
         data: digest of the training images
-        start: the entry of the arm that it goes on from
+        start: the entry of the arm that it starts from
         wanted: the ``identity`` of each evaluation
     """
     came_from = None if unit.arm.start is None else f"{unit.arm.start}/{unit.arm.checkpoint}"

@@ -30,7 +30,7 @@ def as_dataset(source: Any, classes: Classes = None) -> Dataset:
             pixels in [0, 1], and ``augment`` is a recipe's key
         classes: their names, their number, or ``auto``; default the data set's own names, else 0, 1, 2 ...
     Returns:
-        the images as uint8. Floats that are no multiples of 1/255 are rounded to these, and ``notes`` says so
+        the images as uint8. Floats that are not multiples of 1/255 are rounded to these, and ``notes`` says so
     Raises:
         InputError: anything else, with what to do
     """

@@ -17,7 +17,7 @@ from clat.inputs import shown
 from clat.network import Images, Labels
 from clat.text import plain
 
-SKETCH = 256  # hashes that stand for the images a network was trained on
+SKETCH = 256  # hashes that represent the images a network was trained on
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Dataset:
         """uint8 images (batch, channel, height, width) and labels (batch,), in the given order, all of it.
 
         Args:
-            workers: processes that decode images which are not in memory; default as many as ``load_data`` was told
+            workers: processes that decode images which are not in memory; default the number given to ``load_data``
         """
         order = torch.arange(len(self)) if order is None else order
         chunks = list(order.split(size))

@@ -18,7 +18,7 @@ from clat.errors import InputError
 from clat.text import plain
 
 GREY = ("1", "L", "LA", "La", "I", "F")  # and I;16 in either byte order
-SAMPLE = 1000  # images looked at, from the beginning and as many at random, before a set that is decoded later is read
+SAMPLE = 1000  # images looked at before a set that is decoded later is read: the first ones, and this many at random
 
 
 class UnreadableError(ValueError):
@@ -107,7 +107,7 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
     """Images of a set too large for memory, decoded and resized by worker processes as they are needed.
 
     size: (channel, height, width); resize, recolour: whether images of another height and width, or in colour where
-    grey is wanted, are made to fit; workers: how many processes decode, unless ``read`` is told
+    grey is wanted, are made to fit; workers: how many processes decode, unless ``read`` is given a number
     """
 
     def __init__(

@@ -260,7 +260,7 @@ def _saved(path: Path) -> bool:
 
 
 def _split_in(name: str) -> str | None:
-    """The split that a word in a file's name or path stands for."""
+    """The split that a word in a file's name or path means."""
     words = re.split(r"[-._ /\\0-9]+", name.lower())
     return next((_SPLIT_OF[word] for word in words if word in _SPLIT_OF), None)
 

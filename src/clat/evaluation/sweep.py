@@ -82,7 +82,7 @@ def sweep(
         record: a folder that keeps each point's evaluation, as that of ``evaluate``
         progress: is told after each batch
     Raises:
-        InputError: no positive strength, or one that is no eps or no number of steps; images that do not fit
+        InputError: no positive strength, or one that is not an eps or a number of steps; images that do not fit
 
     Source: Figure 4 of the paper.
     """
@@ -119,7 +119,7 @@ def threats(over: Over, strengths: Sequence[float], *, eps: float | str, steps: 
     """The attacks of a sweep, weakest first; eps 0 needs none.
 
     Raises:
-        InputError: no positive strength, or one that is no eps or no number of steps
+        InputError: no positive strength, or one that is not an eps or a number of steps
     """
     wanted = sorted(set(strengths))
     if not wanted or wanted[-1] <= 0:

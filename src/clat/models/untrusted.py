@@ -41,7 +41,7 @@ def read_untrusted(path: Path) -> Any:
         raise
     except PermissionError as error:
         raise InputError(f"{path} may not be read; change its permissions.") from error
-    except Exception as error:  # the unpickler fails in any way on bytes that are no checkpoint
+    except Exception as error:  # the unpickler fails in any way on bytes that are not a checkpoint
         raise InputError(f"{path} is not a PyTorch checkpoint or is damaged; was it cut off?") from error
 
 

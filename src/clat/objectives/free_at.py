@@ -18,7 +18,7 @@ class FreeAt(Objective):
     """Cross-entropy on x + delta, where each batch is trained on several times and delta moves once each time.
 
     delta and the weights take their step from the same backward pass: ``loss`` keeps the attacked images, the
-    caller's ``backward`` fills their gradient, and the next ``perturb`` makes the step with it. delta goes on from
+    caller's ``backward`` fills their gradient, and the next ``perturb`` makes the step with it. delta is kept from
     replay to replay and from batch to batch, although the images change. It starts again in each epoch (``begin``),
     so a resumed run equals an uninterrupted one.
 
@@ -28,7 +28,7 @@ class FreeAt(Objective):
         replays: m, how often each batch is trained on
 
     Source: ashafahi/free_adv_train. As in locuslab/fast_adversarial, delta is cut with the box [0, 1] around the
-    images it was used on before it goes on.
+    images it was used on before it is used again.
     """
 
     name = "free-at"

@@ -111,7 +111,7 @@ def _locked(folder: Path) -> Iterator[None]:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             _held.add(lock)
             taken = _take_lock(lock)
-            if not taken or _same_file(lock, path):  # another process may have ended and removed it meanwhile
+            if not taken or _same_file(lock, path):  # another process may have ended and removed it in between
                 break
             _let_go(lock)
     except (OSError, ValueError) as error:
@@ -147,7 +147,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _take_lock(lock: int) -> bool:
-    """Whether the file could be locked; another process may not have it."""
+    """Whether the file could be locked; not if another process has it."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -183,7 +183,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _clear_records(folder: Path) -> None:
-    """Removes the records of evaluations, told by name and content, and the folder if it is empty then."""
+    """Removes the records of evaluations, recognised by name and content, and the folder if it is then empty."""
     for path in folder.iterdir():
         if RECORD.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_record(path):
             path.unlink()

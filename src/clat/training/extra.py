@@ -40,7 +40,7 @@ class Extra:
             raise InputError(f"extra.share is {self.share}; it is a share of each batch, between 0 and 1.")
 
     def count(self, batch_size: int, processes: int = 1) -> int:
-        """How many images of a batch are extra ones, as many for each process."""
+        """How many images of a batch are extra ones: the same number in each process."""
         count = round(batch_size * self.share / processes) * processes
         if not 0 < count < batch_size:
             raise InputError(

@@ -57,7 +57,7 @@ def train(
             or as its tuner leaves it then, on the device that it came from. One that ``build_model`` did not make is
             given again to resume its run, and reads its checkpoints with ``load_weights``
         data: the training split; ``recipe.holdout`` images of it are held out for validation
-        out: the run folder; no other process may train in it meanwhile
+        out: the run folder; no other process may train in it at the same time
         resume: continue the run in ``out`` after its last finished epoch, or start it if there is none; on the CPU it
             ends bit-identical to an uninterrupted one
         overwrite: replace an existing run in ``out``; only files that a run wrote are removed

@@ -284,7 +284,7 @@ class CLAT(Method):
 
     Layers have their names in ``model`` as given: under ``torch.compile(model)`` they begin with ``_orig_mod.``.
 
-    To go on after a stop, save the network, ``clat.state_dict()``, the optimizer and ``torch.get_rng_state()``, which
+    To resume after a stop, save the network, ``clat.state_dict()``, the optimizer and ``torch.get_rng_state()``, which
     the attacks draw from; load the network first, then ``optimizer = SGD(clat.load_state_dict(state), lr=0.01)``.
     With ``teacher``, give CLAT the network that the loop began with, and load the saved one into it afterwards.
 

@@ -1,4 +1,4 @@
-"""Where and how a run computes: the device for its length, and what ``auto`` stands for."""
+"""Where and how a run computes: its device, and what ``auto`` means."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

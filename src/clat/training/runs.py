@@ -111,7 +111,7 @@ class Run:
         )
 
     def progress(self) -> tuple[list[dict[str, Any]], list[Selection]]:
-        """Metrics and selections up to the last finished epoch, which a resumed run goes on from.
+        """Metrics and selections up to the last finished epoch, which a resumed run continues from.
 
         Raises:
             InputError: a file is missing or damaged, or they are not of one run

@@ -1,4 +1,4 @@
-"""What a run writes: its beginning, each epoch as it is done, and its end; and how it is taken up again."""
+"""What a run writes: its start, each epoch as it ends, and its result; and how a run is resumed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ ADDED = ("warm_start",)  # keys that run folders of earlier versions lack
 
 
 def begin(job: Job, data: Dataset, origin: str | None) -> None:
-    """Makes the folder a run's: what it was told, and what the network was. An earlier run in it goes.
+    """Makes the folder a run's: its settings and its network. An earlier run in it is removed.
 
     Args:
         data: the training split as given, with the images that are held out

@@ -134,7 +134,7 @@ def worst_risk(model: nn.Module, name: str, batches: Batches, *, radius: float, 
     into the ball and R is measured there, in eval mode; the network itself is unchanged.
 
     Raises:
-        InputError: the ascent left the finite numbers
+        InputError: the ascent gave numbers that are not finite
     """
     theta = model.get_parameter(name).detach()
     largest = radius * theta.norm()

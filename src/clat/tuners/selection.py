@@ -23,7 +23,7 @@ class Selection:
         epoch: the epoch before which it was made, from 1
         layers: dotted names of the selected layers, most critical first
         trainable: names of the parameters that train; all others are frozen
-        training: dotted names of the modules that run in train mode meanwhile ("" is the whole network); all others
+        training: dotted names of the modules that run in train mode then ("" is the whole network); all others
             run in eval mode, so that their buffers do not change
         scores: what the tuner measured of every layer when it chose; for ``Critical``, the criticality
     """
@@ -131,7 +131,7 @@ def weights_of(model: nn.Module, layer: str) -> set[nn.Parameter]:
 def selectable(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The layers that can be selected, in the order given: those whose weights were not frozen before.
 
-    Layers that share a weight are one layer; the first one stands for all.
+    Layers that share a weight are one layer; the first one is named for all.
 
     Raises:
         InputError: none is left
