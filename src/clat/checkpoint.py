@@ -26,7 +26,7 @@ DIGEST = "sha256"  # metadata entry with the digest of all that the file holds
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says before a tensor is read: facts, and each tensor's shape and whether it is of floats."""
+    """A checkpoint's content without its tensors: facts, and each tensor's shape and whether it is of floats."""
 
     facts: dict[str, Any]
     shapes: dict[str, tuple[tuple[int, ...], bool]]

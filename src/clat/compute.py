@@ -63,7 +63,7 @@ def choose(
 
 
 def in_words(device: torch.device, precision: Precision, layout: Layout, asked: Layout = "auto") -> str:
-    """What was settled, with the flags that repeat it, and whether channels-last was refused for it."""
+    """The precision and layout in words, with the flags that repeat them, and whether channels-last was refused."""
     refused = asked == "auto" and layout == "contiguous" and device.type in CHANNELS_LAST
     why = ", as the network does not bear channels-last" if refused else ""
     return f"computes in {precision}, {layout}{why} (--precision {precision} --layout {layout})"

@@ -99,7 +99,7 @@ def block_of(annotation: Any) -> type | None:
 
 
 def entry_of(annotation: Any) -> Any:
-    """What each entry of a list is annotated with; the annotation itself if it takes no list."""
+    """The annotation of a list's entries; the annotation itself if it is not a list."""
     lists = [kind for kind in _kinds(annotation) if get_origin(kind) in (list, tuple)]
     return get_args(lists[0])[0] if lists else annotation
 

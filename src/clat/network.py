@@ -159,7 +159,7 @@ def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> 
 
 
 def eager(model: nn.Module, x: Images) -> Any:
-    """What the network returns for x, run without ``torch.compile``, whose code does not run hooks."""
+    """Runs the network without ``torch.compile``, because compiled code does not run hooks."""
     return getattr(model, "_orig_mod", model)._call_impl(x)
 
 

@@ -1,4 +1,4 @@
-"""What a network computes apart from its weights, as a digest: its modules, their code and their options."""
+"""A digest of what a network computes apart from its weights: its modules, their code and their options."""
 
 import hashlib
 import json

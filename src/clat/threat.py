@@ -35,7 +35,7 @@ def fraction(value: float | str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Threat:
-    """What an attacker may do and how it is simulated. The defaults are Section 4.1 of the paper.
+    """What an attacker is allowed to do and how it is simulated. The defaults are Section 4.1 of the paper.
 
     Args:
         eps: radius of the ball around each image, in pixels of [0, 1]; a number or text such as 8/255
@@ -107,7 +107,7 @@ class Threat:
 
 
 class NoGradientError(InputError):
-    """What the network returns has no gradient to the pixels."""
+    """The network's output has no gradient to the pixels."""
 
 
 def check_gradient(values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The commands about a network as it is: layers, which ranks them, and import, which reads a public checkpoint."""
+"""Commands on one network: layers ranks its layers, import reads a public checkpoint."""
 
 from dataclasses import asdict, replace
 from typing import Literal

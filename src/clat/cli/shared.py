@@ -1,4 +1,4 @@
-"""What the commands share: networks and data by name, and where their output goes."""
+"""Shared by the commands: networks and data by name, and where output goes."""
 
 import json
 import os

@@ -138,7 +138,7 @@ def sweep_table(curves: Mapping[str, Curve]) -> Table:
 
 
 def strength(curve: Curve, point: Point) -> str:
-    """What the curve runs over at a point, e.g. 8/255 or 20."""
+    """The strength at a point of the curve, e.g. 8/255 or 20."""
     return radius(point.eps, curve.norm) if curve.over == "eps" else str(point.steps)
 
 

@@ -73,7 +73,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a file in ``comparisons/`` says, at one scale.
+    """A comparison's file at one scale.
 
     Args:
         question: what it should answer
@@ -119,7 +119,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Comparison":
-        """What ``to_json`` gave, after a file."""
+        """The reverse of ``to_json``, after a file."""
         arms = tuple(Arm(**{**arm, "evaluated": tuple(arm["evaluated"])}) for arm in content["arms"])
         return cls(
             **{

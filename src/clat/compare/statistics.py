@@ -29,7 +29,7 @@ def pack(outcomes: Outcomes) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> Outcomes:
-    """What ``pack`` packed, shape (n,). Raises InputError if it is not that."""
+    """Unpacks what ``pack`` packed, shape (n,). Raises InputError for anything else."""
     try:
         n, bits = packed["n"], base64.b64decode(packed["bits"], validate=True)
     except (KeyError, TypeError, ValueError, binascii.Error) as error:

@@ -166,7 +166,7 @@ def measure(
 
 
 def attacks_of(evaluation: Evaluation, classes: int) -> Sequence[Attack]:
-    """What an evaluation attacks with."""
+    """The attacks of an evaluation."""
     if evaluation.tier == "apgd-ce":
         return [apgd_ce(evaluation.eps, seed=DRAWN_BY)]
     tier, starts = cast(TierName, evaluation.tier), evaluation.starts
@@ -174,7 +174,7 @@ def attacks_of(evaluation: Evaluation, classes: int) -> Sequence[Attack]:
 
 
 def identity(evaluation: Evaluation, images: Dataset) -> dict[str, Any]:
-    """What two evaluations must share to be the same: how, and on which images."""
+    """What identifies an evaluation: how it is made, and on which images."""
     return {"evaluation": {**asdict(evaluation), "images": len(images)}, "images_sha256": images.digest()}
 
 

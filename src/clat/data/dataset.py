@@ -224,7 +224,7 @@ def _check(pixels: Any, labels: Any, classes: Sequence[str]) -> None:
 
 
 def trained_on(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's facts say of its training images (``identity`` and ``classes``), if of the right types."""
+    """A checkpoint's facts on its training images (``identity`` and ``classes``), if of the right types."""
     stored = facts.get("data")
     kinds = {"source": str, "split": str, "images": int, "sha256": str, "sketch": list, "classes": list}
     found: dict[str, Any] = {}

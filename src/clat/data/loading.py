@@ -204,12 +204,12 @@ class _Reading:
         return False
 
     def _entries(self) -> Iterator[Any]:
-        """What the table holds at each place, read many at once; None where it is damaged."""
+        """The table's entries in order, read many at once; None in a block with damage."""
         for start in range(0, len(self.table), 1000):
             stop = min(start + 1000, len(self.table))
             try:
                 yield from self.table[start:stop][self.column]
-            except Exception:  # pyarrow's own, of a damaged file; each row is then read separately
+            except Exception:  # pyarrow's own, of a damaged file; the rows of the block are then read one by one
                 yield from [None] * (stop - start)
 
     def _entry(self, place: int) -> Any:

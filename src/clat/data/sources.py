@@ -235,7 +235,7 @@ def _short(text: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, on one line."""
+    """The first cause of an error, on one line."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return plain(" ".join(str(error).split()))[:200] or type(error).__name__

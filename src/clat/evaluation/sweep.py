@@ -31,7 +31,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What ``sweep`` found, weakest attack first, and all that is needed to find it again."""
+    """The result of ``sweep``, weakest attack first, and all that is needed to reproduce it."""
 
     over: Over
     norm: Lp

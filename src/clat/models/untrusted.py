@@ -21,7 +21,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "net", "model", "best", "last")  #
 
 
 def read_untrusted(path: Path) -> Any:
-    """What the file holds; nothing in it is executed."""
+    """Reads the file's content; nothing in it is executed."""
     try:
         if not path.is_file():
             raise InputError(f"There is no file at {plain(path)}.")

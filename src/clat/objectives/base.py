@@ -1,4 +1,4 @@
-"""What an objective is: how a batch is attacked, and what it costs."""
+"""The interface of an objective: how a batch is attacked, and its loss."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar

@@ -253,7 +253,7 @@ class Method:
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
-    """The network as it is now, in eval mode, which stays so while the network itself trains."""
+    """A copy of the network as it is now, in eval mode; it does not change while the network trains."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Recipe files: where they are, what they hold, and how one lies over another. Reads no torch."""
+"""Recipe files: where they are, what they hold, and how one overrides another. Does not import torch."""
 
 from collections.abc import Mapping
 from contextlib import suppress

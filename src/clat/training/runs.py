@@ -145,7 +145,7 @@ class Run:
             raise self.unusable(path.name, f"is damaged ({_reason(error)})") from error
 
     def rescue(self) -> str:
-        """What to do where ``last`` is lost."""
+        """What to do if ``last`` is lost."""
         try:
             epoch = self.epoch_of(self.best)
         except InputError:
@@ -182,6 +182,6 @@ class Run:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, as a part of a sentence."""
+    """An error's message, as a part of a sentence."""
     said = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
     return plain(" ".join(said.split())).rstrip(".")

@@ -1,4 +1,4 @@
-"""What is measured after an epoch: accuracy on the held-out images, and the probe for catastrophic overfitting."""
+"""Measurements after an epoch: accuracy on the held-out images, and the probe for catastrophic overfitting."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What a tuner is: which parameters train, and when that is decided again."""
+"""The interface of a tuner: which parameters train, and when they are chosen again."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class Tuner(ABC):
         return epoch == 1 or (self.every > 0 and (epoch - 1) % self.every == 0)
 
     def unseen(self) -> int:
-        """How many images that were not trained on a selection is made on as well."""
+        """How many images that were not trained on a selection also needs."""
         return 0
 
     @abstractmethod

@@ -114,7 +114,7 @@ class Critical(Tuner):
         )
 
     def _measure(self) -> Ranking:
-        """What the layers are ranked by; their criticality where they are chosen otherwise, for the record."""
+        """The measure of the layers; criticality if they are listed, random or the lowest."""
         if self.layers or self.ranking == "random" or self.ranking == "lowest":
             return "criticality"
         return self.ranking

@@ -1,4 +1,4 @@
-"""What layers can be ranked by: the paper's criticality, and other measures of one attacked batch."""
+"""Measures to rank layers by: the paper's criticality, and other measures of one attacked batch."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What trains, as a value: recorded in the run folder, applied to the network, checked after every epoch."""
+"""Which parameters train, as a value: recorded in the run folder, applied to the network, checked after every epoch."""
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -78,7 +78,7 @@ class Selection:
         return {name for name, _ in model.named_buffers() if name.startswith(prefixes)} if prefixes else set()
 
     def in_words(self) -> str:
-        """The layers by name, with their numbers in the order in which they run where these are known."""
+        """The layers by name, with their numbers in the order in which they run, if known."""
         index = {score.name: score.index for score in self.scores}
         if not index:
             return f"{len(self.layers)} layers"

@@ -29,7 +29,7 @@ REFERENCE = "attack"  # the check whose attack others are compared with
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What all checks found together.
+    """The verdict of all checks together.
 
     text: in words; ok: no check failed, and those that it needs ran (``NEEDED``); clean: accuracy without attack;
     robust: accuracy in the worst case over all attacks in the ball, None if there was none; budget: minutes; seconds:
