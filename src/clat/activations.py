@@ -18,7 +18,7 @@ WEIGHTED = {"conv1d", "conv2d", "conv3d", "linear", "multi_head_attention_forwar
 
 
 class Stop(Exception):
-    """Raised inside a forward pass once nothing after this point is needed."""
+    """Stops a forward pass when the rest is not needed."""
 
 
 class Follow(TorchFunctionMode):

@@ -16,7 +16,7 @@ def fixed_norms(model: nn.Module) -> Iterator[None]:
 
     In eval mode BatchNorm is x scale + shift, channel by channel, so its gradient needs the scale alone. This halves
     the memory of an attack. Features of lower precision than fp32 are computed in fp32 and returned in theirs, as
-    torch's own BatchNorm does. A compiled network is left alone, since each attack would compile it again.
+    torch's own BatchNorm does. A compiled network is left unchanged: each attack would compile it again.
     """
     compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
     norms = [] if compiled else [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -31,7 +31,7 @@ def fixed_norms(model: nn.Module) -> Iterator[None]:
 
 
 def _is_fixed(norm: _BatchNorm) -> bool:
-    """In eval mode, with statistics, and running torch's own code."""
+    """Whether the module is in eval mode, has running statistics and has torch's own forward."""
     own = type(norm).forward is _BatchNorm.forward and "forward" not in vars(norm)
     return own and not norm.training and norm.running_mean is not None
 

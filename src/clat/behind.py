@@ -12,12 +12,12 @@ from clat.network import Images, eager, hooked
 
 
 class _Reached(Exception):
-    """Raised inside a forward pass that has come to the layer."""
+    """Raised inside a forward pass that has reached the layer."""
 
 
 @dataclass
 class Front:
-    """What a network had computed when it first came to a layer; filled while a forward pass runs.
+    """What a network had computed when it first reached a layer; filled during a forward pass.
 
     outputs: the modules that had returned by then, the outermost ones only, each with its output at each call.
     """
@@ -36,7 +36,7 @@ class Front:
 
 @contextmanager
 def watched(model: nn.Module, layer: nn.Module) -> Iterator[Front]:
-    """Notes what lies before the layer in the forward pass that runs inside."""
+    """Records what precedes the layer in the forward pass inside the block."""
     front = Front(layer)
     began: list[int] = []  # for each module that is running, how many outputs there were before it
     reached = False
@@ -62,7 +62,7 @@ def watched(model: nn.Module, layer: nn.Module) -> Iterator[Front]:
 
 
 def front_of(model: nn.Module, x: Images, layer: nn.Module) -> Front:
-    """What lies before the layer for images x; the network is left when it comes to the layer."""
+    """The outputs of what precedes the layer, for images x; the pass ends at the layer."""
 
     def stop(_module: nn.Module, _inputs: Any) -> None:
         raise _Reached
@@ -74,7 +74,7 @@ def front_of(model: nn.Module, x: Images, layer: nn.Module) -> Front:
 
 @contextmanager
 def behind(model: nn.Module, front: Front, feature: Tensor) -> Iterator[None]:
-    """In forward passes inside, what lies before the layer returns what it had, and the layer takes another input.
+    """Inside the block, forward passes reuse the outputs of what precedes the layer, and the layer takes another input.
 
     Only the layer's own input is another: a shortcut past the layer carries what it had.
 

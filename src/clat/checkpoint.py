@@ -26,7 +26,7 @@ DIGEST = "sha256"  # metadata entry with the digest of all that the file holds
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says before a tensor is read: facts, and each tensor's shape and whether it is of floats."""
+    """A checkpoint's content without its tensors: facts, and each tensor's shape and whether it is of floats."""
 
     facts: dict[str, Any]
     shapes: dict[str, tuple[tuple[int, ...], bool]]
@@ -68,7 +68,7 @@ def load_checkpoint(path: Path | str, model: nn.Module | None = None) -> tuple[n
 
 
 def checkpoint_path(path: Path | str) -> Path:
-    """The file that a checkpoint or run folder stands for: in a folder, the best checkpoint by validation."""
+    """The file of a checkpoint or run folder: in a folder, the best checkpoint by validation."""
     path = Path(path)
     if _holds(path.is_dir):
         if not _holds((path / "best.safetensors").is_file):
@@ -172,7 +172,7 @@ def export_weights(source: Path | str | nn.Module, to: Path | str) -> None:
 
 
 def _is_wrapped(names: Any) -> bool:
-    """Whether these are the names of a network inside clat's normalisation."""
+    """Whether these are the names of a network inside clat's normalisation, with its prefix ``network.``."""
     return {"mean", "std"} <= set(names) and all(
         name in ("mean", "std") or name.startswith("network.") for name in names
     )
@@ -204,7 +204,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``save_tensors`` wrote, its digest checked; files from before there was one have none.
+    """Reads what ``save_tensors`` wrote and checks its digest. Older files have no digest.
 
     Raises:
         InputError: no such file, not safetensors, not written by clat, or with facts of another form
@@ -212,7 +212,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     with _opened(path) as (file, metadata):
         facts = _facts(metadata, path)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     if DIGEST in metadata and metadata[DIGEST] != _digest(tensors, metadata[KEY]):
         raise DamagedError(
             f"{plain(path)} is damaged: its content does not match the digest it was written with; use another copy "

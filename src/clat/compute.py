@@ -1,4 +1,4 @@
-"""The precision and layout of its kernels that a network computes in where a recipe says ``auto``."""
+"""Which precision and memory layout a network computes in when a recipe says ``auto``."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +23,7 @@ TOLERANCE = 0.01  # of the largest score: how far rounding, of TF32 too, may mov
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """channels-last if most of the kernels of which it can be told are stored so."""
+    """channels-last if most kernels are stored that way; those where both layouts coincide are not counted."""
     kernels = [p for p in model.parameters() if p.dim() == 4]
     orders = [[p.is_contiguous(memory_format=order) for order in LAYOUTS.values()] for p in kernels]
     told = [last for contiguous, last in orders if contiguous != last]
@@ -31,14 +31,14 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def set_layout(model: nn.Module, layout: Layout) -> None:
-    """Stores the kernels in a layout; their values stay."""
+    """Changes the memory layout of the kernels, not their values."""
     model.to(memory_format=LAYOUTS[layout])
 
 
 def choose(
     model: nn.Module, x: Images, precision: Precision = "auto", layout: Layout = "auto"
 ) -> tuple[Precision, Layout]:
-    """Settles ``auto`` by the kind of device alone, and puts the network into the layout.
+    """Chooses what ``auto`` means from the kind of device alone, and stores the network in that layout.
 
     The precision is bf16 where the device has instructions for it, else fp32; the layout is channels-last on CPUs and
     CUDA, elsewhere contiguous, as torch makes them. A network that fails in channels-last, as one that flattens with
@@ -48,7 +48,7 @@ def choose(
     Args:
         x: a few images on the network's device
     Raises:
-        InputError: the network does not bear the layout that is asked for
+        InputError: the network does not work in the layout that is asked for
     """
     if precision == "auto":
         precision = native_precision(x.device)
@@ -63,14 +63,14 @@ def choose(
 
 
 def in_words(device: torch.device, precision: Precision, layout: Layout, asked: Layout = "auto") -> str:
-    """What was settled, with the flags that repeat it, and whether channels-last was refused for it."""
+    """The precision and layout in words, with the flags that repeat them, and whether channels-last was refused."""
     refused = asked == "auto" and layout == "contiguous" and device.type in CHANNELS_LAST
     why = ", as the network does not bear channels-last" if refused else ""
     return f"computes in {precision}, {layout}{why} (--precision {precision} --layout {layout})"
 
 
 def _refusal(model: nn.Module, x: Images, layout: Layout) -> str:
-    """Why the network, which is put into the layout, does not bear it; empty if it does."""
+    """Why the network does not work in this layout; empty if it does, and it is then stored in the layout."""
     if layout == "channels-last" and x.device.type == "cpu" and not bears_channels_last(model):
         return "has strided 1x1 convolutions of too few channels, whose gradients this CPU gets wrong"
     before = layout_of(model)
@@ -93,7 +93,7 @@ def _scores(model: nn.Module, x: Images) -> Tensor:
 
 
 def autocast(device: torch.device | str, precision: Precision) -> Any:
-    """The context of a precision on a device. Casts are not cached: attacks toggle ``requires_grad`` meanwhile."""
+    """The context of a precision on a device. Casts are not cached: attacks toggle ``requires_grad`` inside it."""
     if precision == "fp32" or (precision == "auto" and native_precision(device) == "fp32"):
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=False)
@@ -101,7 +101,7 @@ def autocast(device: torch.device | str, precision: Precision) -> Any:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
-    """Random numbers from ``seed`` for a while; afterwards the global generators go on as if nothing had happened."""
+    """Draws from ``seed`` inside the block; afterwards the global generators continue from where they were."""
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -114,7 +114,8 @@ def native_precision(device: torch.device | str) -> Literal["fp32", "bf16"]:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         on_cpu = torch.device(device).type == "cpu"
-        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if on_cpu else {}  # torch 2.6 has it not
+        # torch 2.6 does not have get_capabilities
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if on_cpu else {}
         native = any("bf16" in name and there for name, there in found.items())
     return "bf16" if native else "fp32"
 
@@ -156,7 +157,7 @@ def find_device(name: torch.device | str, *, computing: bool = False) -> torch.d
 
 @contextmanager
 def placed(models: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[torch.device]:
-    """The device that networks run on for a while; those that are elsewhere are moved there, and back afterwards.
+    """Moves networks to a device inside the block, and back afterwards.
 
     Args:
         device: default where the first network is that has parameters or buffers, or else the CPU
@@ -180,7 +181,7 @@ def placed(models: Sequence[nn.Module], device: torch.device | str | None) -> It
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast is off meanwhile, on devices that have it."""
+    """Switches autocast off inside the block, on devices that have it."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 

@@ -35,7 +35,7 @@ def observe(
     at: At = "output",
     stop_after: int | None = None,
 ) -> Tensor | None:
-    """Runs ``model(x)`` and hands each output of ``modules`` to ``visit(number, feature)`` as soon as it is computed.
+    """Runs ``model(x)`` and calls ``visit(number, feature)`` with each output of ``modules`` as it is computed.
 
     Features come with the images along the first dimension. Calls are numbered from 0 in execution order, over all
     modules. With ``at="activation"`` a number may be visited up to three times, as the feature passes its
@@ -77,7 +77,7 @@ def record(
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
     """Class scores and the modules' features by call number; cloned, since a later module may change them in place.
 
-    With ``stop_after``, the number of calls to observe, the network is left after the last of them and gives no scores.
+    ``stop_after`` is the number of calls after which the pass ends; there are then no scores.
     """
     features: dict[int, Tensor] = {}
 
@@ -149,7 +149,7 @@ def feature_distance(
 
     Args:
         x: images whose features are taken now, without gradients
-        mode: how the network runs meanwhile
+        mode: how the network runs during the pass
         calls: how often the modules run in a forward pass, if that is known; else the network runs to its end once
     """
     with held(model, mode), torch.no_grad():

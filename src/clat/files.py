@@ -1,4 +1,4 @@
-"""Reading and writing files so that nothing is lost and nothing read can do harm."""
+"""Atomic writes and safe reads."""
 
 import json
 import os
@@ -17,9 +17,9 @@ DEEPEST = 50  # levels of nesting in one
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Has ``write`` fill a temporary file beside ``path``, then renames it: afterwards all of it is there or nothing.
+    """Has ``write`` fill a temporary file beside ``path``, then renames it, so ``path`` is never half-written.
 
-    A link is followed. What is there and no regular file, such as /dev/full or a pipe, is written to and not replaced.
+    A link is followed. A device or a pipe is written to directly, not replaced.
 
     Raises:
         InputError: the disk is full or the folder cannot be written; what was at ``path`` is still there
@@ -81,7 +81,7 @@ def parse_yaml(text: str, where: object, what: str = "file") -> Any:
     """YAML as values, without tags, aliases or deep nesting, which a recipe does not need.
 
     Raises:
-        InputError: naming ``where``, if it is no such YAML
+        InputError: naming ``where``, if it is not such YAML
     """
     try:
         depth = 0
@@ -105,7 +105,7 @@ def _write_through(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut; a system that cannot sync folders is left alone."""
+    """Makes a rename survive a power cut; does nothing on systems that cannot sync folders."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -26,7 +26,7 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: as written in Python, on one line, cut where it is long."""
+    """A value as it is shown in messages: its repr, on one line, shortened."""
     try:
         text = plain(repr(value))
     except ValueError:  # a whole number of more digits than Python writes out
@@ -35,7 +35,7 @@ def shown(value: object) -> str:
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
-    """The known word that is written most alike, as the end of a message: `` Did you mean sgd?`` or nothing."""
+    """The most similar known word, as the end of a message: `` Did you mean sgd?`` or nothing."""
     spelled = {name.lower(): name for name in known}
     found = difflib.get_close_matches(str(word)[:LONGEST].lower(), spelled, n=1)
     return f" Did you mean {spelled[found[0]]}?" if found else ""
@@ -99,13 +99,13 @@ def block_of(annotation: Any) -> type | None:
 
 
 def entry_of(annotation: Any) -> Any:
-    """What each entry of a list is annotated with; the annotation itself if it takes no list."""
+    """The annotation of a list's entries; the annotation itself if it is not a list."""
     lists = [kind for kind in _kinds(annotation) if get_origin(kind) in (list, tuple)]
     return get_args(lists[0])[0] if lists else annotation
 
 
 def fit(name: str, value: Any, annotation: Any) -> Any:
-    """The value as its annotation has it. Raises InputError, naming it, if it does not fit."""
+    """The value in the type of its annotation. Raises InputError, naming it, if it does not fit."""
     kinds = _kinds(annotation)
     if value is None and type(None) in kinds:
         return None
@@ -162,10 +162,10 @@ def check_keys(values: Mapping[Any, Any], known: Iterable[str], name: str = "") 
 
 
 def from_text(text: str, annotation: Any, parse: Any) -> Any:
-    """What a flag's text means for an annotation: itself where texts are taken, else what YAML reads in it.
+    """The value of a flag's text: the text itself for text options, else what YAML makes of it.
 
     Args:
-        parse: reads YAML and raises ValueError for what is none; such text stays text, and does not fit later
+        parse: reads YAML and raises ValueError for anything else; such text stays text and is refused later
     """
     kinds = _kinds(annotation)
     if str in kinds or any(get_origin(kind) is Literal for kind in kinds):

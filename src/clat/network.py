@@ -1,4 +1,4 @@
-"""What a network is to this library: images in, class scores out, and a state that can be held and compared."""
+"""Running a network, and saving, restoring and comparing its state."""
 
 import hashlib
 import math
@@ -31,7 +31,7 @@ def class_scores(model: nn.Module, x: Images) -> Tensor:
             scores = logits(model(x))
     except InputError:
         raise
-    except Exception as error:  # whatever a network raises
+    except Exception as error:  # a network may raise anything
         said = plain(" ".join(str(error).split())[:200]).rstrip(".")
         advice = "; lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
         raise InputError(
@@ -132,9 +132,9 @@ def whole_labels(y: Labels, x: Images, classes: int | None = None) -> Labels:
 
 @contextmanager
 def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> Iterator[None]:
-    """Runs the network in ``mode`` with no parameter asking for gradients, then puts everything back.
+    """Puts the network in ``mode`` and switches off parameter gradients inside the block, then restores both.
 
-    Back come each module's training flag, each parameter's ``requires_grad`` and, unless the mode is "train",
+    Restored are each module's training flag, each parameter's ``requires_grad`` and, unless the mode is "train",
     each buffer's content.
     """
     training = [(module, module.training) for module in model.modules()]
@@ -153,13 +153,13 @@ def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> 
             parameter.requires_grad_(True)
         with torch.no_grad():
             for buffer, (copy, version) in zip(buffers, copies, strict=True):
-                # Untouched ones may belong to a graph that is still needed. BatchNorm in train mode bumps no version.
+                # Unchanged ones are not written: a graph may need them. BatchNorm in train mode bumps no version.
                 if mode == "batch" or buffer._version != version:
                     buffer.copy_(copy)
 
 
 def eager(model: nn.Module, x: Images) -> Any:
-    """What the network returns for x, run without ``torch.compile``, whose code does not run hooks."""
+    """Runs the network without ``torch.compile``, because compiled code does not run hooks."""
     return getattr(model, "_orig_mod", model)._call_impl(x)
 
 

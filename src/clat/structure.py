@@ -1,4 +1,4 @@
-"""What a network computes apart from its weights, as a digest: its modules, their code and their options."""
+"""A digest of what a network computes apart from its weights: its modules, their code and their options."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clat.network import fingerprint
 
-DEPTH = 4  # levels of options inside options that are looked at
+DEPTH = 4  # how deep nested options are read
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module()))  # its tensors have a digest of their own
 
 

@@ -35,7 +35,7 @@ def fraction(value: float | str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Threat:
-    """What an attacker may do and how it is simulated. The defaults are Section 4.1 of the paper.
+    """What an attacker is allowed to do and how it is simulated. The defaults are Section 4.1 of the paper.
 
     Args:
         eps: radius of the ball around each image, in pixels of [0, 1]; a number or text such as 8/255
@@ -76,7 +76,7 @@ class Threat:
         return torch.linalg.vector_norm((x_adv - x).flatten(1), ord=order, dim=1)
 
     def project(self, x_adv: Images, x: Images) -> Images:
-        """The point of the ball around x, cut with the box [0, 1], that each image of x_adv is moved to."""
+        """Projects x_adv onto the ball around x, then onto [0, 1]."""
         if self.norm == "linf":
             x_adv = torch.minimum(torch.maximum(x_adv, x - self.radius), x + self.radius)
         else:
@@ -107,7 +107,7 @@ class Threat:
 
 
 class NoGradientError(InputError):
-    """What the network returns has no gradient to the pixels."""
+    """The network's output has no gradient to the pixels."""
 
 
 def check_gradient(values: Tensor) -> None:
@@ -120,7 +120,7 @@ def check_gradient(values: Tensor) -> None:
 
 
 def per_image(values: Tensor, like: Images) -> Tensor:
-    """Shape (batch,) made to multiply a tensor of shape (batch, ...)."""
+    """Reshapes (batch,) to broadcast against (batch, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -144,7 +144,7 @@ def ascend(
         cost: maps images (batch, ...) to one value per image (batch,)
         x: images with pixels in [0, 1]
         threat: ball, steps, start and mode
-        model: the network that the cost runs, whose state is held meanwhile
+        model: the network that the cost runs, whose state is restored afterwards
         keep: return the last iterate or, image by image, the one with the highest cost
         start: images like x to start from, moved into ball and box, in place of ``threat.start``
         momentum: share of the earlier direction that each step keeps, the gradients having l1 length 1 (Dong et al.

@@ -1,4 +1,4 @@
-"""What an evaluation attack is."""
+"""The interface of an evaluation attack."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The command line's arguments. What is misspelt or missing is found before torch is imported, in the table flags.json.
+"""The command line's arguments. Typos and gaps are found before torch is imported, with the table flags.json.
 
 ``tools/make_flags.py`` makes the table from the commands' signatures and docstrings; a test says when it is stale.
 """
@@ -44,7 +44,7 @@ OVERLAYS = {"protocol": ("clat", "rift"), "scale": ("small",)}  # folders in rec
 
 @dataclass(frozen=True)
 class Given:
-    """What was given on the command line: a command, the texts of its arguments, and recipes, lower ones first."""
+    """A command, the texts of its arguments, and recipes, each overriding those before it."""
 
     command: str
     texts: Mapping[str, Any]  # a text, a list of texts, or True for a switch
@@ -203,7 +203,7 @@ class _Parser(argparse.ArgumentParser):
 
 @cache
 def _parser(name: str) -> _Parser:
-    """Takes every argument as text; only what is given comes out."""
+    """Parses every argument as text. Arguments that were not given are left out."""
     described, settings = table()["commands"][name], _settings(name)
     parser = _Parser(
         prog=f"clat {name}", usage=f"clat {name} {USAGE[name]}", description=described["summary"], allow_abbrev=False

@@ -1,4 +1,4 @@
-"""What the commands that attack share: networks and images that fit, what they say of a measurement, records, a bar."""
+"""Shared by the commands that attack: networks and images that fit, lines about a measurement, records, a bar."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,7 +61,7 @@ def _fitted(dataset: Dataset, networks: Sequence[str]) -> Dataset:
 
 
 def talking(json: str | None) -> Console:
-    """Where a command talks: nowhere if its result goes to standard output."""
+    """The console for a command's messages: a silent one if its result goes to standard output."""
     return console if json != "-" else Console(quiet=True)
 
 
@@ -80,7 +80,7 @@ def say_measured(talk: Console, measured: Measured, data: Dataset, models: Mappi
 
 
 def say_read(words: Iterable[str], talk: Console) -> None:
-    """Says what was read from records and not measured now."""
+    """Prints which results come from an earlier record."""
     for each in filter(None, words):
         talk.print(f"{each[0].upper()}{each[1:]}.", highlight=False)
 

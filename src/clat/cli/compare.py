@@ -43,7 +43,7 @@ def compare(
 ) -> int:
     """Runs a comparison, a base and several arms with several seeds, and tests the contrasts fixed in its file.
 
-    What is done is not done again: the same command goes on where it was stopped. docs/compare.md shows a file.
+    If a comparison is interrupted, the same command continues it. docs/compare.md shows a file.
 
     Args:
         file: a YAML file, or the name of a comparison that ships with clat, e.g. random-or-critical
@@ -51,7 +51,7 @@ def compare(
         out: the comparison's folder: run folders, result.json, table.md and curves.png
         scale: full, or one of the file's scales, such as small
         seeds: in place of the file's
-        only: run these arms alone, and those that they go on from
+        only: run only these arms, and those that they start from
         jobs: units at a time; with more than one, each has one thread
         model: the network in place of the base's; only here may it be a factory of yours, such as file.py:factory
         device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given

@@ -38,7 +38,7 @@ CLAT = replace(FURTHER, objective=Clat(), tuner=Critical(k=1, every=2))
 
 
 def run(out: Path, *, resume: bool = False, overwrite: bool = False, console: Console) -> None:
-    """Pre-trains with PGD-AT, then goes on with CLAT and, for as many epochs, with PGD-AT; evaluates all three."""
+    """Pre-trains with PGD-AT, continues once with CLAT and once with PGD-AT for as long, and evaluates all three."""
     training, test = load_data(split="train"), load_data(split="test")
     mean, std = training.statistics()
     torch.manual_seed(PRETRAIN.seed)

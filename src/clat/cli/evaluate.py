@@ -44,12 +44,12 @@ def evaluate(
 ) -> None:
     """Measures clean and robust accuracy under a tier of attacks, with counts and 95 % Wilson intervals.
 
-    An evaluation that was interrupted goes on where it stopped when the same command is given again.
+    If an evaluation is interrupted, the same command continues it.
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
-        model: the network of weights that may not or do not say it, such as your file.py:factory
+        model: the network of weights that cannot or do not name it, such as your file.py:factory
         tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000), full (AutoAttack on all) or
             blackbox (Square alone on 1,000), for networks without gradients
         split: split of the data

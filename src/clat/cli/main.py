@@ -1,4 +1,4 @@
-"""The command line: which command, and how it ends. Imports no torch before the arguments are known to be good."""
+"""Runs the command that was typed. Torch is imported only once the arguments have been checked."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from clat.text import plain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 (the run or the network is at fault), 2 (the input is) or 130 (interrupted).
+    """Runs a command; returns 0, 1 (the run failed or the network did not pass), 2 (bad input) or 130 (interrupted).
 
     With ``--debug``, or CLAT_DEBUG in the environment, an error's traceback is shown too.
     """

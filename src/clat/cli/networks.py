@@ -1,4 +1,4 @@
-"""The commands about a network as it is: layers, which ranks them, and import, which reads a public checkpoint."""
+"""Commands on one network: layers ranks its layers, import reads a public checkpoint."""
 
 from dataclasses import asdict, replace
 from typing import Literal
@@ -57,7 +57,7 @@ def layers(
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name, which starts at random weights
         data: images to attack: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
-        model: the network of weights that may not or do not say it, such as your file.py:factory
+        model: the network of weights that cannot or do not name it, such as your file.py:factory
         split: split of the data
         batch: number of images, drawn at random
         eps: radius of the l-infinity ball in pixels of [0, 1], e.g. 8/255

@@ -113,7 +113,7 @@ def draw_learning(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _dashes() -> Iterator[str]:
-    """Solid for as many lines as there are colours, then broken ones."""
+    """Solid until the colours are used up, then broken."""
     return (style for style in cycle(("-", "--", ":", "-.")) for _ in _STYLES)
 
 

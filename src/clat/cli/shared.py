@@ -1,4 +1,4 @@
-"""What the commands share: networks and data by name, and where their output goes."""
+"""Shared by the commands: networks and data by name, and where output goes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ notices = Console(quiet=not _first, stderr=True, markup=False, emoji=False)
 
 
 def is_beside_the_first() -> bool:
-    """Whether a launcher started this process beside the first one, which alone evaluates; if so, says it."""
+    """Whether this is not the launcher's first process, the only one that evaluates; if so, prints a notice."""
     if not _first:
         print(f"clat: process {os.environ['RANK']} ends; evaluations run in the first one alone.", file=sys.stderr)
     return not _first
@@ -161,7 +161,7 @@ def _notice(sentences: Iterable[str]) -> None:
 
 
 def model_options(text: str) -> tuple[str, dict[str, Any]]:
-    """A network's name and options, which leave what the data or the checkpoint decides to these."""
+    """A network's name and options; what comes from the data or the checkpoint is refused, such as classes."""
     name, options = named(text)
     for key in ("name", "path", "classes", "channels", "mean", "std"):
         if key in options:

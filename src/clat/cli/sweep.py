@@ -42,13 +42,13 @@ def sweep(
 ) -> None:
     """Measures accuracy as PGD grows stronger, over eps and over its number of steps (Figure 4).
 
-    Each point is measured by itself. Accuracy that rises with the strength of the attack is named: there the attack
-    failed. A sweep that was interrupted goes on where it stopped when the same command is given again.
+    Each point is measured separately. If accuracy rises with the strength of the attack, a warning is printed: the
+    attack failed there. If a sweep is interrupted, the same command continues it.
 
     Args:
         networks: checkpoints, run folders (their best checkpoints) or model names
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
-        model: the network of weights that may not or do not say it, such as your file.py:factory
+        model: the network of weights that cannot or do not name it, such as your file.py:factory
         over_eps: radii of the ball in pixels of [0, 1], 0 being clean, or none to leave this curve out
         over_steps: numbers of PGD steps, each eps / 4 long, or none to leave this curve out
         eps: radius of the ball when the number of steps varies

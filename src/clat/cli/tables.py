@@ -27,7 +27,7 @@ NARROWEST = 16  # columns that a name is folded to at most
 
 @dataclass(frozen=True)
 class Name:
-    """A name as a cell: one line, folded from the left where the column is narrow, e.g. ``...layer4.1.conv2``."""
+    """A name in one line, shortened from the left to fit the column, e.g. ``...layer4.1.conv2``."""
 
     text: str
     style: str = ""
@@ -138,7 +138,7 @@ def sweep_table(curves: Mapping[str, Curve]) -> Table:
 
 
 def strength(curve: Curve, point: Point) -> str:
-    """What the curve runs over at a point, e.g. 8/255 or 20."""
+    """The strength at a point of the curve, e.g. 8/255 or 20."""
     return radius(point.eps, curve.norm) if curve.over == "eps" else str(point.steps)
 
 

@@ -21,7 +21,7 @@ from clat.training.runs import Run
 
 
 def demo(out: str = "clat-demo", resume: bool = False, overwrite: bool = False) -> None:
-    """The whole way on embedded data: pre-train, find critical layers, fine-tune with CLAT, compare with PGD-AT.
+    """Everything on embedded data: pre-train, find critical layers, fine-tune with CLAT, compare with PGD-AT.
 
     Args:
         out: folder for the run folders and the table
@@ -79,7 +79,7 @@ def finetune(
         origin: a checkpoint, or a run folder (its best checkpoint)
         data: training images, the same as before; options after commas, e.g. photos,size=64
         out: the run folder
-        model: the network of the weights where these may not or do not say it, such as your file.py:factory
+        model: the network of the weights if these cannot or do not name it, such as your file.py:factory
         resume: continue the run in that folder after its last finished epoch
         overwrite: replace the run in that folder
         device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given
@@ -105,7 +105,7 @@ def status(run: str, model: str | None = None, json: str | None = None) -> None:
 
     Args:
         run: a run folder
-        model: the network of the run where its files may not or do not say it, such as your file.py:factory
+        model: the network of the run if its files cannot or do not name it, such as your file.py:factory
         json: write the list to this file, or to standard output if it is -
     """
     folder = Run(Path(run))

@@ -36,13 +36,13 @@ def transfer(
 ) -> None:
     """Attacks images on each network and measures every network on them (Table 2): black-box robustness.
 
-    Accuracies are over all images, also those that a network misclassifies clean. An attack on the network itself
-    (white-box) should fool it more than images attacked on another; where it does not, this is said.
+    Accuracies are over all images, also those that a network misclassifies clean. Attacks on the network itself
+    (white-box) should be stronger than attacks on another. If they are not, a warning is printed.
 
     Args:
         networks: two or more checkpoints, run folders (their best checkpoints) or model names
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
-        model: the network of weights that may not or do not say it, such as your file.py:factory
+        model: the network of weights that cannot or do not name it, such as your file.py:factory
         attack: pgd, from a random start, or activation (Inkawhich et al. 2019), which is made to transfer
         layer: whose feature the activation attack moves; one for all networks, or one for each, after commas
         split: split of the data

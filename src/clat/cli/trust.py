@@ -33,12 +33,12 @@ def trust(
 ) -> int:
     """Looks for signs that a network's robustness is overstated or its evaluation broken; exit code 1 if there are any.
 
-    So it is if not enough was checked: docs/trust.md lists the checks that a verdict needs.
+    The exit code is also 1 if too little was checked; docs/trust.md lists the checks that a verdict needs.
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name
         data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
-        model: the network of weights that may not or do not say it, such as your file.py:factory
+        model: the network of weights that cannot or do not name it, such as your file.py:factory
         split: split of the data
         eps: radius of the ball in pixels of [0, 1], e.g. 8/255
         attack_norm: norm of the ball

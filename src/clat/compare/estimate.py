@@ -1,4 +1,4 @@
-"""What a comparison will take, from a timed pass of each network."""
+"""How long a comparison will take, from a timed pass of each network."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -27,7 +27,7 @@ def comparison_path(name: str) -> Path:
     Raises:
         InputError: there is none
     """
-    with suppress(OSError):  # too long a name, a loop of links, a folder that may not be entered
+    with suppress(OSError):  # too long a name, a loop of links, a folder without access
         if Path(name).is_file():
             return Path(name)
     shipped = shipped_comparisons()

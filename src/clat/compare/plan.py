@@ -20,7 +20,7 @@ class Arm:
         recipe: a recipe's name or file, or several that are laid over one another
         keys: of the recipe with the arm's laid over, without the seed
         model: the network, as ``--model`` takes it
-        start: the arm that it goes on from, ``base`` among them; None from random weights
+        start: the arm that it starts from, ``base`` among them; None from random weights
         checkpoint: of that arm: best, last or averaged
         evaluated: the checkpoints that are measured
     """
@@ -73,7 +73,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a file in ``comparisons/`` says, at one scale.
+    """A comparison's file at one scale.
 
     Args:
         question: what it should answer
@@ -104,7 +104,7 @@ class Comparison:
         raise InputError(f"There is no arm {shown(name)}; choose one of {', '.join(names)}.{nearest(name, names)}")
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
-        """Every training run, arm and seed, each after the one that it goes on from."""
+        """Every training run, arm and seed, each after the one that it starts from."""
         for seed in self.seeds:
             done: set[str | None] = {None}
             left = list(self.arms)
@@ -119,7 +119,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Comparison":
-        """What ``to_json`` gave, after a file."""
+        """The reverse of ``to_json``, after a file."""
         arms = tuple(Arm(**{**arm, "evaluated": tuple(arm["evaluated"])}) for arm in content["arms"])
         return cls(
             **{

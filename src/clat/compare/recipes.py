@@ -1,11 +1,11 @@
-"""Recipes as keys and values: what a run is told, whole, and where two differ."""
+"""Recipes as keys and values: the whole recipe of a run, and where two differ."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from clat.training.recipe import Recipe
 
-SETTLED = ("precision", "layout")  # auto stands for one or the other, which the run's own recipe says
+SETTLED = ("precision", "layout")  # what auto became is in the run's own recipe
 
 
 def recipe_of(keys: Mapping[str, Any]) -> Recipe:

@@ -1,4 +1,4 @@
-"""A comparison's result.json: every finished unit's entry, and what is needed to go on from it on another machine."""
+"""A comparison's result.json: every finished unit's entry, and what another machine needs to continue from it."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What ``write_sealed`` wrote. Raises InputError if it is damaged."""
+    """Reads what ``write_sealed`` wrote. Raises InputError if it is damaged."""
     content = parse_json(read_text(path, "result"), path, "result")
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Runs a comparison: which units are left, several at a time, each after the one that it goes on from."""
+"""Runs a comparison: which units are left, several at a time, each after the one that it starts from."""
 
 import hashlib
 import os
@@ -43,7 +43,7 @@ class Progress:
         out: its folder
         data: digest of the training images
         wanted: the ``identity`` of each evaluation
-        arms: those that run, with all that they go on from
+        arms: those that run, with all that they start from
         entries: what is done, by the unit's name
         failed: why a unit ended, by its name
     """
@@ -57,11 +57,11 @@ class Progress:
     failed: dict[str, str] = field(default_factory=dict)
 
     def units(self) -> list[Unit]:
-        """All units of the arms that run, each after the one that it goes on from."""
+        """All units of the arms that run, each after the one that it starts from."""
         return [Unit(self.out, arm, seed) for arm, seed in self.comparison.runs() if arm.name in self.arms]
 
     def before(self, unit: Unit) -> Unit | None:
-        """The unit that it goes on from."""
+        """The unit that this one starts from."""
         return Unit(self.out, self.comparison.arm(unit.arm.start), unit.seed) if unit.arm.start else None
 
     def done(self, unit: Unit) -> bool:
@@ -71,7 +71,7 @@ class Progress:
         return entry is not None and matches(entry, unit, self.data, start, self.wanted)
 
     def left(self) -> list[Unit]:
-        """The units to run, each after the one that it goes on from.
+        """The units to run, each after the one that it starts from.
 
         One that is done runs again where its checkpoint is gone and another has to start from it.
         """
@@ -95,7 +95,7 @@ class Progress:
         seeds = sorted({entry["seed"] for entry in self.entries.values()})
         every = [Unit(self.out, arm, seed) for arm, seed in replace(self.comparison, seeds=tuple(seeds)).runs()]
         found: dict[str | None, Entry] = {}
-        for unit in every:  # each after the one that it goes on from
+        for unit in every:  # each after the one that it starts from
             before = self.before(unit)
             if self.done(unit) and (before is None or before.name in found):
                 found[unit.name] = self.entries[unit.name]
@@ -130,7 +130,7 @@ def begin(
     Args:
         load: gives a split of the data
         build: gives a new network by name
-        only: these arms, and all that they go on from
+        only: these arms, and all that they start from
     Raises:
         InputError: an unknown arm, too few images, a damaged result, or a foreign run folder in a unit's place
     """
@@ -162,7 +162,7 @@ def carry_out(
 ) -> None:
     """Runs what is left, ``jobs`` units at a time; result.json is written after each.
 
-    A unit that fails is named with its log, those that go on from it are left out, and all others run.
+    A unit that fails is named with its log, those that start from it are left out, and all others run.
 
     Args:
         start: begins to train and evaluate a unit
@@ -201,7 +201,7 @@ def carry_out(
 
 
 def _may_start(progress: Progress, unit: Unit, running: Mapping[str, object]) -> bool:
-    """Whether a unit neither runs nor failed, and what it goes on from is there."""
+    """Whether a unit neither runs nor failed, and the unit that it starts from is there."""
     if unit.name in running or unit.name in progress.failed:
         return False
     before = progress.before(unit)

@@ -1,4 +1,4 @@
-"""What the entries of a comparison's file may be."""
+"""Checks the entries of a comparison's file."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -20,7 +20,7 @@ Outcomes = NDArray[np.bool_]  # True where the answer is right: (images,), or (s
 
 LEVEL = 0.05  # of every test here, and of the intervals: 95 %
 RESAMPLES = 10_000  # of a bootstrap
-DRAWS = 100_000  # that stand for a t or chi-square distribution
+DRAWS = 100_000  # that represent a t or chi-square distribution
 
 
 def pack(outcomes: Outcomes) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def pack(outcomes: Outcomes) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> Outcomes:
-    """What ``pack`` packed, shape (n,). Raises InputError if it is no such thing."""
+    """Unpacks what ``pack`` packed, shape (n,). Raises InputError for anything else."""
     try:
         n, bits = packed["n"], base64.b64decode(packed["bits"], validate=True)
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
@@ -85,19 +85,19 @@ class Difference:
 def paired_difference(a: Outcomes, b: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
     """The difference of two arms, both (seeds, images): row i of both has the same seed, column j the same image.
 
-    The interval comes from a two-way bootstrap: images and seeds are drawn anew with replacement, independently of one
+    The interval comes from a two-way bootstrap: images and seeds are drawn with replacement, independently of one
     another, and the difference is taken over all drawn pairs; its ends are the 2.5 % and 97.5 % quantiles. p is twice
     the share of the resamples on the far side of zero, at least 2 / (resamples + 1). Where the difference of a pair is
     mostly chance of that image and that run, the interval is too wide, by a factor of up to the square root of three
     (Owen 2007, "The pigeonhole bootstrap").
 
-    What few seeds allow. The bootstrap knows only the seeds it has, and draws two of them anew in three ways, three of
-    them in ten. It is right as long as other seeds would give about the same. So that is tested first: how far apart
-    are the seeds' differences, against chance? Where they lie further apart, as chance has it in one comparison of 20,
-    each seed counts as one measurement, and interval and p are at least those of a t-test over the seeds, which with
-    two seeds finds next to nothing. Among so few seeds this test sees only a large scatter. In simulations with two
-    seeds and 4,000 images of which the arms differ on 15 %, false alarms stay at 5 % while the seeds scatter as much as
-    the images (0.6 points), and reach 15 % at twice that. With one seed the result is about these two networks, not
+    With few seeds: a bootstrap of two seeds has only three different samples, of three ten. It is right as long as
+    other seeds would give about the same. So that is tested first: how far apart are the seeds' differences, against
+    chance? Where they lie so far apart that chance does it in only one comparison of 20, each seed counts as one
+    measurement, and interval and p are at least those of a t-test over the seeds, which with two seeds finds next to
+    nothing. Among so few seeds this test sees only a large scatter. In simulations with two seeds and 4,000 images of
+    which the arms differ on 15 %, false alarms stay at 5 % while the seeds scatter as much as the images (0.6 points),
+    and reach 15 % at twice that. With one seed the result is about these two networks, not
     about the two recipes.
 
     Args:

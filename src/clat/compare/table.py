@@ -1,4 +1,4 @@
-"""What a comparison found: figures for each arm, a verdict on each contrast, and both as Markdown."""
+"""A comparison's results: figures for each arm, a verdict on each contrast, and both as Markdown."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +63,7 @@ def outcomes(comparison: Comparison, entries: Sequence[Entry], side: Side, measu
 
 
 def figures(entry: Entry, evaluation: Evaluation, checkpoint: str) -> Mapping[str, Any] | None:
-    """What an entry has of an evaluation at a checkpoint."""
+    """The figures of an entry for one evaluation at one checkpoint."""
     wanted = {key: value for key, value in asdict(evaluation).items() if key != "images" or value is not None}
     for found in entry["evaluations"]:
         same = all(found["evaluation"].get(key) == value for key, value in wanted.items())

@@ -64,7 +64,7 @@ class Unit:
 
     @property
     def origin(self) -> Path | None:
-        """The checkpoint that it goes on from; None from random weights."""
+        """The checkpoint that it starts from; None from random weights."""
         if self.arm.start is None:
             return None
         return self.out / "runs" / f"{self.arm.start}-{self.seed}" / f"{self.arm.checkpoint}.safetensors"
@@ -166,7 +166,7 @@ def measure(
 
 
 def attacks_of(evaluation: Evaluation, classes: int) -> Sequence[Attack]:
-    """What an evaluation attacks with."""
+    """The attacks of an evaluation."""
     if evaluation.tier == "apgd-ce":
         return [apgd_ce(evaluation.eps, seed=DRAWN_BY)]
     tier, starts = cast(TierName, evaluation.tier), evaluation.starts
@@ -174,7 +174,7 @@ def attacks_of(evaluation: Evaluation, classes: int) -> Sequence[Attack]:
 
 
 def identity(evaluation: Evaluation, images: Dataset) -> dict[str, Any]:
-    """What two evaluations must share to be the same: how, and on which images."""
+    """What identifies an evaluation: how it is made, and on which images."""
     return {"evaluation": {**asdict(evaluation), "images": len(images)}, "images_sha256": images.digest()}
 
 
@@ -221,7 +221,7 @@ def matches(entry: Entry, unit: Unit, data: str, start: Entry | None, wanted: Se
 
     Args:
         data: digest of the training images
-        start: the entry of the arm that it goes on from
+        start: the entry of the arm that it starts from
         wanted: the ``identity`` of each evaluation
     """
     came_from = None if unit.arm.start is None else f"{unit.arm.start}/{unit.arm.checkpoint}"

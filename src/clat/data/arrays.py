@@ -16,7 +16,7 @@ from clat.data.labels import Classes, numbered
 from clat.errors import InputError
 from clat.text import plain
 
-EXACT = 1e-3  # floats times 255 this near to whole numbers were 8 bits before
+EXACT = 1e-3  # floats that times 255 are this close to whole numbers came from 8-bit images
 
 
 def as_dataset(source: Any, classes: Classes = None) -> Dataset:
@@ -30,7 +30,7 @@ def as_dataset(source: Any, classes: Classes = None) -> Dataset:
             pixels in [0, 1], and ``augment`` is a recipe's key
         classes: their names, their number, or ``auto``; default the data set's own names, else 0, 1, 2 ...
     Returns:
-        the images as uint8. Floats that are no multiples of 1/255 are rounded to these, and ``notes`` says so
+        the images as uint8. Floats that are not multiples of 1/255 are rounded to these, and ``notes`` says so
     Raises:
         InputError: anything else, with what to do
     """

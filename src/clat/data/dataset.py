@@ -17,7 +17,7 @@ from clat.inputs import shown
 from clat.network import Images, Labels
 from clat.text import plain
 
-SKETCH = 256  # hashes that stand for the images a network was trained on
+SKETCH = 256  # hashes that represent the images a network was trained on
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Dataset:
         """uint8 images (batch, channel, height, width) and labels (batch,), in the given order, all of it.
 
         Args:
-            workers: processes that decode images which are not in memory; default as many as ``load_data`` was told
+            workers: processes that decode images which are not in memory; default the number given to ``load_data``
         """
         order = torch.arange(len(self)) if order is None else order
         chunks = list(order.split(size))
@@ -170,7 +170,7 @@ class Dataset:
     def with_classes(self, names: Sequence[str], where: str) -> "Dataset":
         """The same images with classes numbered as in ``names``, matched by name.
 
-        Classes without names (0, 1, 2 ... as text) fit any names, if they are as many. What was done is in ``notes``.
+        Classes without names (0, 1, 2 ... as text) match any names of the same number; ``notes`` says what was done.
 
         Args:
             names: the classes of ``where``, a network for example, in its order
@@ -224,7 +224,7 @@ def _check(pixels: Any, labels: Any, classes: Sequence[str]) -> None:
 
 
 def trained_on(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's facts say of its training images (``identity`` and ``classes``), if of the right types."""
+    """A checkpoint's facts on its training images (``identity`` and ``classes``), if of the right types."""
     stored = facts.get("data")
     kinds = {"source": str, "split": str, "images": int, "sha256": str, "sketch": list, "classes": list}
     found: dict[str, Any] = {}
@@ -241,7 +241,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _listed(names: Sequence[str], others: Sequence[str]) -> str:
-    """Some of the names, first those that the others lack."""
+    """Some of the names, the ones missing from the other list first."""
     lacking = [name for name in names if name not in others]
     return shortened([*lacking, *(name for name in names if name in others)])
 
@@ -252,7 +252,7 @@ def to_unit(pixels: Tensor) -> Images:
 
 
 def augment(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pads by 4 pixels, crops at random and flips half of the images, each by itself, the whole batch in one gather.
+    """Pads by 4 pixels, crops at random and flips half of the images, each on its own, the whole batch in one gather.
 
     Args:
         pixels: (batch, channel, height, width), any type, on any device

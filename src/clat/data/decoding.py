@@ -18,7 +18,7 @@ from clat.errors import InputError
 from clat.text import plain
 
 GREY = ("1", "L", "LA", "La", "I", "F")  # and I;16 in either byte order
-SAMPLE = 1000  # images looked at, from the beginning and as many at random, before a set that is decoded later is read
+SAMPLE = 1000  # images looked at before a set that is decoded later is read: the first ones, and this many at random
 
 
 class UnreadableError(ValueError):
@@ -55,7 +55,7 @@ def remark(image: PIL.Image.Image) -> str | None:
 
 
 def decoded(image: PIL.Image.Image, channels: int | None = None) -> Tensor:
-    """An image as uint8 (channel, height, width), with one channel if it is grey, else three, or as many as asked."""
+    """An image as uint8 (channel, height, width): one channel if grey, else three, unless ``channels`` is given."""
     try:
         image.load()
         if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
@@ -107,7 +107,7 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
     """Images of a set too large for memory, decoded and resized by worker processes as they are needed.
 
     size: (channel, height, width); resize, recolour: whether images of another height and width, or in colour where
-    grey is wanted, are made to fit; workers: how many processes decode, unless ``read`` is told
+    grey is wanted, are made to fit; workers: how many processes decode, unless ``read`` is given a number
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
         return len(self.table)
 
     def __getitem__(self, index: int) -> "Tensor | InputError":
-        """The image, or the error, which a worker process hands on as a value so that it stays one sentence."""
+        """The image, or the error as a value: raised in a worker, it would reach the user as a long traceback."""
         try:
             image = opened(self.table[int(index)][self.column])
             if self.size[0] == 1 and not (self.recolour or is_grey(image)):

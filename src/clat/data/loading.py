@@ -122,7 +122,7 @@ def _labels(
 
 
 class _Reading:
-    """The images of one table on their way to a Dataset."""
+    """Reads one table of images into a Dataset."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class _Reading:
         return (later if len(kept) == len(self.table) else later.subset(kept)), kept
 
     def _some_in_colour(self) -> bool:
-        """Whether one of the first images, or of as many at random, is in colour."""
+        """Whether any of a sample of images is in colour: the first ones, and the same number at random."""
         order = torch.randperm(len(self.table), generator=torch.Generator().manual_seed(0))
         places = {*range(min(SAMPLE, len(self.table))), *order[:SAMPLE].tolist()}
         for place in sorted(places):
@@ -204,12 +204,12 @@ class _Reading:
         return False
 
     def _entries(self) -> Iterator[Any]:
-        """What the table holds at each place, read many at once; None where it is damaged."""
+        """The table's entries in order, read many at once; None in a block with damage."""
         for start in range(0, len(self.table), 1000):
             stop = min(start + 1000, len(self.table))
             try:
                 yield from self.table[start:stop][self.column]
-            except Exception:  # pyarrow's own, of a damaged file; each row is then read by itself
+            except Exception:  # pyarrow's own, of a damaged file; the rows of the block are then read one by one
                 yield from [None] * (stop - start)
 
     def _entry(self, place: int) -> Any:

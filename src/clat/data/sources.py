@@ -122,7 +122,7 @@ def read_splits(source: str, config: str | None = None) -> Splits:
     if list(found) != ["train"]:
         return Splits(source, dict(found), "named")
     if path is None:
-        return Splits(source, dict(found), "to divide")  # a hub's only split is called train, whatever is in it
+        return Splits(source, dict(found), "to divide")  # a hub's only split is called train even if it is all images
     says = [path.stem] if path.is_file() else [str(file.relative_to(path)) for file in path.rglob("*")]
     saved = (path / "dataset_dict.json").is_file()
     return Splits(source, dict(found), "named" if saved or any(map(_split_in, says)) else "unnamed")
@@ -235,7 +235,7 @@ def _short(text: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, on one line."""
+    """The first cause of an error, on one line."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return plain(" ".join(str(error).split()))[:200] or type(error).__name__
@@ -260,7 +260,7 @@ def _saved(path: Path) -> bool:
 
 
 def _split_in(name: str) -> str | None:
-    """The split that a word in a file's name or path stands for."""
+    """The split that a word in a file's name or path means."""
     words = re.split(r"[-._ /\\0-9]+", name.lower())
     return next((_SPLIT_OF[word] for word in words if word in _SPLIT_OF), None)
 

@@ -41,7 +41,7 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackResult:
-    """What one attack of an evaluation did: it ran on the images that were correct until then."""
+    """The result of one attack of an evaluation, run on the images that were correct until then."""
 
     name: str
     seed: int
@@ -55,7 +55,7 @@ class AttackResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What ``evaluate`` found, and all that is needed to find it again.
+    """The result of ``evaluate``, and all that is needed to reproduce it.
 
     ``outcomes`` has one number an image: -1 if it was misclassified clean, 0 if it withstood every attack, else the
     1-based number of the attack that broke it. ``from_record`` says what was not measured now but read from a record,

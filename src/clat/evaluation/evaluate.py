@@ -61,9 +61,9 @@ def evaluate(
         workers: processes that decode images which are not kept in memory
         device: where the network is moved for the call, and then back; default where it is
         record: a folder that keeps a JSON file of each evaluation, written after each batch; one of the same network,
-            images and attacks that was interrupted goes on from there, and one that is complete is read from it:
+            images and attacks that was interrupted continues from it, and a complete one is read from it:
             ``Result.from_record`` says so. A record has a digest of its content, which finds damage and careless
-            edits; it is no signature, and whoever forges a record can forge its digest too. Of several processes that
+            edits; it is not a signature: a forged record can have a valid digest. Of several processes that
             a launcher started, only the first keeps records
         progress: is told after each batch
     Raises:
@@ -137,6 +137,6 @@ def _survivors(
 
 
 def attacked(attack: Attack, model: nn.Module, x: Images, y: Labels) -> Images:
-    """The images that an attack makes of x, inside ball and box; the network's state is held meanwhile."""
+    """The images that an attack makes of x, inside ball and box; the network's state is restored afterwards."""
     with held(model):
         return attack.threat.project(attack.perturb(model, x, y).detach(), x)

@@ -1,4 +1,4 @@
-"""How a figure was measured: part of every result and of what a record is known by, printed the same way everywhere."""
+"""How a figure was measured: part of every result and of a record's identity, printed the same way everywhere."""
 
 import json
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """All that decides a figure beside the attacks: images, networks, arithmetic and versions.
+    """Everything that determines a figure, apart from the attacks: images, networks, arithmetic and versions.
 
     Args:
         images: how many
@@ -79,7 +79,7 @@ class Measured:
         device: torch.device | str,
         precision: Precision = "fp32",
     ) -> "Measured":
-        """What will be measured: these very images, and the networks as they are now."""
+        """A measurement on exactly these images, of the networks as they are now."""
         return cls(
             images=len(data),
             data=f"{data.source} sha256:{data.digest()[:16]}",

@@ -47,11 +47,11 @@ class _State:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the record is known by: all that decides the result."""
+        """What identifies the record: everything that determines the result."""
         return {"measured": self.measured.to_json(), **self.ball, "attacks": self.attacks}
 
     def _take_over(self, record: Path) -> None:
-        """Goes on from a record. Raises InputError unless it is whole and of this very evaluation."""
+        """Continues from a record. Raises InputError if it is damaged or belongs to another evaluation."""
         advice = "remove it, or keep records in another folder (--out)"
         try:
             content = parse_json(read_text(record), record)
@@ -117,7 +117,7 @@ def _content_digest(content: dict[str, Any]) -> str:
 
 
 def _consistent(read: dict[str, Any], n: int, attacks: int) -> bool:
-    """Whether what a record holds can have come from an evaluation of n images by so many attacks."""
+    """Whether the content of a record fits n images and this number of attacks."""
     lists: list[list[Any]] = [read.get(key) or [] for key in ("outcomes", "done", "seconds")]
     if not all(isinstance(value, list) for value in lists):
         return False

@@ -31,7 +31,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What ``sweep`` found, weakest attack first, and all that is needed to find it again."""
+    """The result of ``sweep``, weakest attack first, and all that is needed to reproduce it."""
 
     over: Over
     norm: Lp
@@ -41,7 +41,7 @@ class Curve:
 
     @property
     def rises(self) -> list[tuple[Point, Point]]:
-        """Neighbours where the stronger attack left clearly more images right, which a sound attack does not."""
+        """Pairs of neighbouring points where accuracy is clearly higher under the stronger attack."""
         pairs = zip(self.points, self.points[1:], strict=False)
         return [(weak, strong) for weak, strong in pairs if strong.accuracy.value - weak.accuracy.value > TOLERATED]
 
@@ -70,7 +70,7 @@ def sweep(
 ) -> Curve:
     """Accuracy under PGD from one random start at each eps, or for each number of steps, on the same images.
 
-    Each point is measured by itself, so that the curve can rise where an attack fails; ``Curve.rises`` says where.
+    Each point is measured separately, so the curve can rise where an attack fails; ``Curve.rises`` says where.
 
     Args:
         strengths: the eps, of which 0 is clean, or the numbers of steps
@@ -82,7 +82,7 @@ def sweep(
         record: a folder that keeps each point's evaluation, as that of ``evaluate``
         progress: is told after each batch
     Raises:
-        InputError: no positive strength, or one that is no eps or no number of steps; images that do not fit
+        InputError: no positive strength, or one that is not an eps or a number of steps; images that do not fit
 
     Source: Figure 4 of the paper.
     """
@@ -119,7 +119,7 @@ def threats(over: Over, strengths: Sequence[float], *, eps: float | str, steps: 
     """The attacks of a sweep, weakest first; eps 0 needs none.
 
     Raises:
-        InputError: no positive strength, or one that is no eps or no number of steps
+        InputError: no positive strength, or one that is not an eps or a number of steps
     """
     wanted = sorted(set(strengths))
     if not wanted or wanted[-1] <= 0:

@@ -23,7 +23,7 @@ from clat.network import predict
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What ``transfer`` found, and all that is needed to find it again.
+    """The result of ``transfer``, and all that is needed to reproduce it.
 
     Accuracies are over all images, as in Table 2: also those that a network misclassifies clean are attacked and count.
     ``clean`` has one for each network; ``attacked[i][j]`` is network j's on the images made on network i, so that the

@@ -38,7 +38,7 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Any:
-        if x.shape[1:2] != self.mean.shape[:1]:  # one channel would silently be taken for each of three
+        if x.shape[1:2] != self.mean.shape[:1]:  # one value would silently be used for all three channels
             raise InputError(f"The network takes images with {len(self.mean)} channels; these have {x.shape[1]}.")
         return self.network((x - self.mean) / self.std)
 

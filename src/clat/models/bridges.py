@@ -44,7 +44,7 @@ def from_torchvision(name: str, classes: int, channels: int, options: dict[str, 
 
 
 def from_factory(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
-    """The network that code of the user's makes; only ever called with a name that the user gave in this call."""
+    """Calls the user's factory. The name must come from the user's call, never from a file."""
     place, _, attribute = name.rpartition(":")
     file = Path(place) if place.endswith(".py") else None
     with _importable(file.parent if file else Path()):

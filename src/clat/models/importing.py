@@ -17,7 +17,7 @@ from clat.models.untrusted import named_tensors, read_untrusted, unwrapped
 from clat.text import plain
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "1.")  # dropped where every weight has them
-NORMALISATION = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # buffers, whatever stands before the name
+NORMALISATION = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # buffers, with any prefix before the name
 
 Statistics = dict[str, list[float]]  # mean and std of a normalisation, one number a channel; empty if there is none
 Origin = Literal["file", "given", "none"]
@@ -57,7 +57,7 @@ def import_weights(
         mean, std: per-channel statistics of pixels in [0, 1]; default: the file's own, or none if it has none
         options: of the network, e.g. ``shortcut_input="raw"``; they come before what the scheme implies
     Raises:
-        InputError: no such file, a file that is no checkpoint or holds Python objects, a network or names that are
+        InputError: no such file, a file that is not a checkpoint or holds Python objects, a network or names that are
             not known, tensors that are missing or of another shape
     """
     if (mean is None) != (std is None):
@@ -176,7 +176,7 @@ def _renamed(name: str, renames: Sequence[Rename]) -> str:
 
 
 def _size(tensor: Tensor, axis: int) -> int:
-    """The length of an axis; 1 where there is none, so that the shapes are compared and told."""
+    """The length of an axis, 1 if there is none; the later comparison of shapes then reports it."""
     return max(1, tensor.shape[axis]) if tensor.dim() > axis else 1
 
 

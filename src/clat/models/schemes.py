@@ -68,7 +68,7 @@ _DEEPMIND: tuple[Rename, ...] = (
     (r"^logits\.", "fc."),
 )
 
-# weiaicunzai's DenseNet is another network (no ReLU before a transition's convolution), and so are its and DeepMind's
+# weiaicunzai's DenseNet differs (no ReLU before a transition's convolution), and so do its and DeepMind's
 # pre-activation ResNets; they are refused.
 SCHEMES = (
     Scheme("kuangliu (also TRADES, MART, RobustBench)", _RESNETS),

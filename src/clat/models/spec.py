@@ -1,4 +1,4 @@
-"""What a file may say about its network: a known name, and options of known types and sizes, never code to call."""
+"""What a file can say about its network: a known name, and options of known types and sizes, never code to call."""
 
 import math
 import re
@@ -14,7 +14,7 @@ DEEPEST = 3  # networks inside networks
 
 
 class Option(NamedTuple):
-    """What an option may be, in words and as a test."""
+    """The values that an option can have, in words and as a test."""
 
     words: str
     fits: Callable[[Any], bool]

@@ -21,7 +21,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "net", "model", "best", "last")  #
 
 
 def read_untrusted(path: Path) -> Any:
-    """What the file holds; nothing in it is executed."""
+    """Reads the file's content; nothing in it is executed."""
     try:
         if not path.is_file():
             raise InputError(f"There is no file at {plain(path)}.")
@@ -41,7 +41,7 @@ def read_untrusted(path: Path) -> Any:
         raise
     except PermissionError as error:
         raise InputError(f"{path} may not be read; change its permissions.") from error
-    except Exception as error:  # the unpickler fails in any way on bytes that are no checkpoint
+    except Exception as error:  # the unpickler fails in any way on bytes that are not a checkpoint
         raise InputError(f"{path} is not a PyTorch checkpoint or is damaged; was it cut off?") from error
 
 

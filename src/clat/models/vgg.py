@@ -44,7 +44,7 @@ def vgg19(*, classes: int = 10, channels: int = 3, width: int = 64, hidden: int 
     """VGG19-bn (38,958,922 parameters for 10 classes).
 
     Args:
-        width: channels of the first stage; the last ones have eight times as many
+        width: channels of the first stage; the last ones have eight times that
         hidden: width of the two hidden linear layers
         dropout: share of the hidden activations dropped in train mode
     """

@@ -1,4 +1,4 @@
-"""What an objective is: how a batch is attacked, and what it costs."""
+"""The interface of an objective: how a batch is attacked, and its loss."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -45,7 +45,10 @@ class Objective(ABC):
         """The named terms, already weighted, whose sum is minimised (scalars)."""
 
     def probe(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Tensor | None:
-        """Which images, bool (batch,), are still right under an attack that the objective is watched by; None: none."""
+        """Which images are classified correctly under the attack that watches for overfitting, bool (batch,).
+
+        None if the objective has no such attack.
+        """
         return None
 
 

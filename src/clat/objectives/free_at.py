@@ -18,17 +18,17 @@ class FreeAt(Objective):
     """Cross-entropy on x + delta, where each batch is trained on several times and delta moves once each time.
 
     delta and the weights take their step from the same backward pass: ``loss`` keeps the attacked images, the
-    caller's ``backward`` fills their gradient, and the next ``perturb`` makes the step with it. delta goes on from
+    caller's ``backward`` fills their gradient, and the next ``perturb`` makes the step with it. delta is kept from
     replay to replay and from batch to batch, although the images change. It starts again in each epoch (``begin``),
     so a resumed run equals an uninterrupted one.
 
-    An epoch makes ``replays`` times as many steps as one of another objective: give as many epochs fewer.
+    An epoch has ``replays`` times the usual number of steps: divide the epochs by ``replays``.
 
     Args:
         replays: m, how often each batch is trained on
 
     Source: ashafahi/free_adv_train. As in locuslab/fast_adversarial, delta is cut with the box [0, 1] around the
-    images it was used on before it goes on.
+    images it was used on before it is used again.
     """
 
     name = "free-at"

@@ -28,7 +28,7 @@ class FeatureBall(Threat):
 
 @dataclass
 class _Perturbation:
-    """What the last attack found: of which images, at which layer's input, and by how much."""
+    """The result of the last attack: of which images, at which layer's input, and by how much."""
 
     x: Images
     layer: nn.Module
@@ -40,8 +40,8 @@ class Latent(Objective):
 
     The label loss is maximised over h + delta, where h is the input of the first layer that trains, in the order in
     which layers run, and |delta|_2 <= r for each image. r is found once an epoch: on its first batch the pixel attack
-    of the threat model runs too, and r is the mean over these images of the l2 distance that it reaches at h. The steps
-    are as many as the threat model's, each the same share of the radius. What lies before the layer runs once a batch.
+    of the threat model runs too, and r is the mean over these images of the l2 distance that it reaches at h. It takes
+    the threat model's number of steps, each the same share of the radius. What precedes the layer runs once a batch.
 
     Args:
         weight, cross_entropy, at: as of ``Clat``

@@ -23,7 +23,7 @@ class Trades(Objective):
     Args:
         beta: weight of the divergence, 1 / lambda of the paper
         gradient_through_target: let the gradient of the divergence reach p(x) too
-        second_clean_forward: compute p(x) anew, instead of sharing the scores of the cross-entropy
+        second_clean_forward: compute p(x) a second time, instead of sharing the scores of the cross-entropy
 
     Source: yaodongyu/TRADES, equation 5 of arXiv 1901.08573.
     """

@@ -39,10 +39,10 @@ class Average:
 
 
 class Averaged:
-    """The average of a network while it trains; without an ``Average`` it never differs from the network.
+    """The average of a network while it trains; without an ``Average`` it is the network itself.
 
-    Buffers are averaged like weights, BatchNorm's running statistics among them; whole-numbered ones are taken as they
-    are. A tensor that never moves keeps its value.
+    Buffers are averaged like weights, BatchNorm's running statistics among them; integer ones are copied. A tensor that
+    never changes keeps its value.
     """
 
     def __init__(self, model: nn.Module, average: Average | None):
@@ -52,7 +52,7 @@ class Averaged:
 
     @torch.no_grad()
     def take(self, epoch: int, *, last: bool) -> None:
-        """Takes the network in after a step; ``last`` says that it was the last of its epoch."""
+        """Adds the network's weights to the average after a step; ``last`` says that it was the last of its epoch."""
         average = self.average
         if average is None or epoch < average.start or (average.kind == "swa" and not last):
             return
@@ -67,12 +67,12 @@ class Averaged:
         self.count += 1
 
     def stop(self) -> None:
-        """Forgets the average: from here on the network stands for itself."""
+        """Forgets the average: from here on the network itself is used."""
         self.average, self.tensors, self.count = None, {}, 0
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Puts the average into the network for a while, then the network's own tensors back, bit for bit."""
+        """Puts the average into the network inside the block, then the network's own tensors back, bit for bit."""
         own = {name: tensor.detach().clone() for name, tensor in tensors(self.model).items()} if self.tensors else {}
         try:
             self._put(self.tensors)

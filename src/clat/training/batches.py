@@ -81,7 +81,7 @@ class RunImages:
         return to_unit(pixels), y
 
     def batches(self, epoch: int) -> Iterator[TrainingBatch]:
-        """This process's part of each batch, augmented; a rest smaller than a batch waits for another epoch's order."""
+        """This process's part of each batch, augmented; images that do not fill a batch are left out of this epoch."""
         places = self._order(self._generator(epoch)).view(self.steps, -1)[:, self.rank :: self.ranks]
         for own, (pixels, y) in zip(places, self.pixels(epoch), strict=True):
             crops = Crops.draw(len(pixels)) if self.recipe.augment else None

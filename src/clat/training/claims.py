@@ -98,9 +98,9 @@ def _is_own(path: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process however that ends.
+    """Holds the folder's lock; the system releases it when the process ends.
 
-    The folder is made for it, and goes again if nothing was written. Where the file system has no locks, nothing
+    A folder made for the lock is removed if nothing was written. Where the file system has no locks, nothing
     is held.
     """
     path, made = folder / LOCK, []
@@ -111,7 +111,7 @@ def _locked(folder: Path) -> Iterator[None]:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             _held.add(lock)
             taken = _take_lock(lock)
-            if not taken or _same_file(lock, path):  # another process may have ended and removed it meanwhile
+            if not taken or _same_file(lock, path):  # another process may have ended and removed it in between
                 break
             _let_go(lock)
     except (OSError, ValueError) as error:
@@ -135,7 +135,7 @@ _held: set[int] = set()  # descriptors of the locks that this process holds
 
 
 def _close_held() -> None:
-    """In a process that was forked off, such as one that loads data: it may outlive its parent and must not lock."""
+    """Closes the locks in a forked process, such as a data loader: it can outlive its parent and must not lock."""
     for lock in _held:
         with suppress(OSError):
             os.close(lock)
@@ -147,7 +147,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _take_lock(lock: int) -> bool:
-    """Whether the file could be locked; another process may not have it."""
+    """Whether the file could be locked; not if another process has it."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -177,13 +177,13 @@ def _same_file(lock: int, path: Path) -> bool:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    with suppress(OSError, ValueError):  # something was written, or there can be no such folder
+    with suppress(OSError, ValueError):  # the folder is not empty, or could not be made
         for folder in folders:
             folder.rmdir()
 
 
 def _clear_records(folder: Path) -> None:
-    """Removes the records of evaluations, told by name and content, and the folder if it is empty then."""
+    """Removes the records of evaluations, recognised by name and content, and the folder if it is then empty."""
     for path in folder.iterdir():
         if RECORD.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_record(path):
             path.unlink()

@@ -1,4 +1,4 @@
-"""Where a run computes: versions, hardware and command, for its record."""
+"""The environment of a run: versions, hardware and command, for its record."""
 
 import os
 import platform

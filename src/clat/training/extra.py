@@ -15,7 +15,7 @@ from clat.network import predict
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """More images to train on. An epoch has as many steps as without them, each with fewer of the training images.
+    """More images to train on. The number of steps stays the same; each batch has fewer training images.
 
     The authors' batches are half and half, and so is the default; training images come without replacement within an
     epoch, extra ones with.
@@ -40,7 +40,7 @@ class Extra:
             raise InputError(f"extra.share is {self.share}; it is a share of each batch, between 0 and 1.")
 
     def count(self, batch_size: int, processes: int = 1) -> int:
-        """How many images of a batch are extra ones, as many for each process."""
+        """How many images of a batch are extra ones: the same number in each process."""
         count = round(batch_size * self.share / processes) * processes
         if not 0 < count < batch_size:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Rules that stop a run which went wrong in a way that more epochs will not mend, with the likely cause."""
+"""Checks that stop a run when more epochs would not help, and name the likely cause."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ WEAK = 0.5  # perturbations below this share of eps, on average, mean that the a
 
 
 class HealthError(RuntimeError):
-    """A run went wrong in a way that more epochs will not mend; the message names the likely cause."""
+    """A run failed in a way that more epochs will not fix; the message names the likely cause."""
 
 
 def check_finite(loss: Tensor, recipe: Recipe, epoch: int, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Proof that what is frozen stands still, bit for bit, and that what was selected moves."""
+"""Checks that frozen tensors did not change in any bit and that selected weights did."""
 
 from dataclasses import dataclass
 from typing import Literal

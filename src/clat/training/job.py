@@ -1,4 +1,4 @@
-"""What a run trains with: the parts that are made before its first epoch and are the same until its last."""
+"""The parts of a run that are made before its first epoch and stay the same until its last."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -57,7 +57,7 @@ def train(
             or as its tuner leaves it then, on the device that it came from. One that ``build_model`` did not make is
             given again to resume its run, and reads its checkpoints with ``load_weights``
         data: the training split; ``recipe.holdout`` images of it are held out for validation
-        out: the run folder; no other process may train in it meanwhile
+        out: the run folder; no other process may train in it at the same time
         resume: continue the run in ``out`` after its last finished epoch, or start it if there is none; on the CPU it
             ends bit-identical to an uninterrupted one
         overwrite: replace an existing run in ``out``; only files that a run wrote are removed
@@ -116,7 +116,7 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
             if method.tuner.due(epoch):  # line 3
                 selections = [*selections, _select(job, epoch)]
                 if epoch == 1 and not resuming:
-                    begin(job, data, origin)  # only now that all input is known to be good may an old run go
+                    begin(job, data, origin)  # the input is checked, so an old run can be removed
                 optimizer = _take(job, selections[-1], optimizer)
             assert optimizer is not None  # a selection is due before the first epoch
             losses, first_batch = _epoch(job, epoch, optimizer, progress)
@@ -145,7 +145,7 @@ def _select(job: Job, epoch: int) -> Selection:
 
 
 def _take(job: Job, selection: Selection, before: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
-    """Line 10: freezes what was not selected; the optimizer is made anew for what trains from here on."""
+    """Line 10: freezes what was not selected, and makes a new optimizer for the parameters that train."""
     kept = optimizer_state(before, job.model) if job.method.tuner.optimizer_state == "keep" else {}
     job.method.take(selection)
     optimizer = make_optimizer(job.recipe, job.model)

@@ -179,11 +179,11 @@ class Method:
         self.mark()
 
     def mark(self) -> None:
-        """Takes the network as it is now for what the next ``verify`` compares it with."""
+        """Remembers the network as it is now; the next ``verify`` compares with it."""
         self._before = snapshot(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a stopped loop needs to go on, as numbers, texts and lists: last selection, their count, the seed."""
+        """What a loop needs to continue after a stop, as plain values: last selection, their count, the seed."""
         selection = None if self.selection is None else self.selection.to_json()
         return {"selection": selection, "selections": self.selections, "seed": self.seed}
 
@@ -254,7 +254,7 @@ class Method:
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
-    """The network as it is now, in eval mode, which stays so while the network itself trains."""
+    """A copy of the network as it is now, in eval mode; it does not change while the network trains."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
@@ -277,7 +277,7 @@ class CLAT(Method):
     float64 parameters. Layers that you froze before (``requires_grad`` False) stay frozen and are not selected.
 
     On several processes, select on the bare network, on the same images and random numbers in each process; then wrap,
-    anew after every selection, because DistributedDataParallel averages what trained when it was made::
+    again after every selection, because DistributedDataParallel averages what trained when it was made::
 
         parameters = clat.select(x, y)
         ddp = DistributedDataParallel(model, broadcast_buffers=False)
@@ -285,7 +285,7 @@ class CLAT(Method):
 
     Layers have their names in ``model`` as given: under ``torch.compile(model)`` they begin with ``_orig_mod.``.
 
-    To go on after a stop, save the network, ``clat.state_dict()``, the optimizer and ``torch.get_rng_state()``, which
+    To resume after a stop, save the network, ``clat.state_dict()``, the optimizer and ``torch.get_rng_state()``, which
     the attacks draw from; load the network first, then ``optimizer = SGD(clat.load_state_dict(state), lr=0.01)``.
     With ``teacher``, give CLAT the network that the loop began with, and load the saved one into it afterwards.
 

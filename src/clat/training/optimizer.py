@@ -1,4 +1,4 @@
-"""The optimizer of a selection: made anew for what trains, its schedule in closed form, its state by parameter name."""
+"""The optimizer of a selection, its learning rate at each step, and its state by parameter name."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from clat.training.recipe import Recipe
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer of the parameters that train, those that weight decay spares in a group of their own."""
+    """An optimizer of the parameters that train; those without weight decay form their own group."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norms = {p for module in model.modules() if isinstance(module, NORM_TYPES) for p in module.parameters()}
     spared = {"all": set(), "no_norm": norms, "kernels": {p for p in parameters if p.dim() < 2}}[recipe.decay]
@@ -52,7 +52,7 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int, selected: i
 
 
 def set_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, rate: float) -> None:
-    """Sets the learning rate, and the momentum where that goes the opposite way."""
+    """Sets the learning rate, and the momentum if it cycles."""
     for group in optimizer.param_groups:
         group["lr"] = rate
         if recipe.cycle_momentum:

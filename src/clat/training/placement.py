@@ -1,4 +1,4 @@
-"""Where and how a run computes: the device for its length, and what ``auto`` stands for."""
+"""Where and how a run computes: its device, and what ``auto`` means."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def as_begun(recipe: Recipe, run: Run) -> Recipe:
 
 @contextmanager
 def lent(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The network is on the device for a while; then it goes back to where it came from, in the layout it had."""
+    """The network is on the device inside the block; then it returns to where it was, in the layout it had."""
     came_from = {tensor.device for tensor in tensors(model).values()}
     model.to(device)
     before = layout_of(model)

@@ -41,7 +41,7 @@ class Processes:
         return self.accelerator.is_main_process
 
     def by_first(self, action: Callable[[], Value]) -> Value:
-        """What the first process gets from an action that only it does; where it fails, all end with its sentence."""
+        """Runs an action in the first process only and shares its result. If it fails, all raise the same error."""
         if self.count == 1:
             return action()
         outcome: list[Any] = [None, None]
@@ -121,5 +121,5 @@ def started(device: torch.device | str | None) -> Processes:
 
 
 def seed_of(seed: int, epoch: int, rank: int = 0) -> int:
-    """One seed for each run, epoch and process, so that an epoch can be repeated by itself."""
+    """One seed for each run, epoch and process, so that a single epoch can be repeated."""
     return (seed * 1_000_003 + epoch) * 1_009 + rank

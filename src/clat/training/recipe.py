@@ -63,8 +63,7 @@ class Recipe:
         precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation; auto is bf16 where the
             device computes in it natively, else fp32
         layout: of the kernels while the network trains: contiguous (as torch makes them) or channels-last; auto is
-            channels-last on CPUs and CUDA if the network bears it. What auto stands for is in the run's recipe.yaml,
-            which repeats it
+            channels-last on CPUs and CUDA if the network works with it. The run's recipe.yaml holds what auto became
         compile: compile the network with torch.compile, in attacks, loss and validation; passes that features are
             observed in run uncompiled. The first steps of a run take up to a minute longer
         augment: crop (4 pixels of padding) and flip each training image at random

@@ -1,4 +1,4 @@
-"""Recipe files: where they are, what they hold, and how one lies over another. Reads no torch."""
+"""Recipe files: where they are, what they hold, and how one overrides another. Does not import torch."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +23,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         InputError: there is none
     """
-    with suppress(OSError):  # too long a name, a loop of links, a folder that may not be entered
+    with suppress(OSError):  # too long a name, a loop of links, a folder without access
         if Path(name).is_file():
             return Path(name)
     folders = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed; in a checkout

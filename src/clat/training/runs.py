@@ -1,4 +1,4 @@
-"""A run folder: everything a run was told and everything it found, written so that a kill at any moment is harmless.
+"""A run folder: settings and results of a run, written so that it can be killed at any moment.
 
 recipe.yaml            the resolved recipe
 environment.json       data, model, versions, hardware, command
@@ -13,8 +13,8 @@ result.json            the summary, once the run is finished
 evaluations/           what clat evaluate found, a file an evaluation
 .lock                  there while a process trains here
 
-What is read back is checked here, each file by itself and all against each other, so that a folder that is damaged or
-incomplete is refused with the name of the file and never trained on from.
+Files are checked when they are read, each one and against each other: a damaged or incomplete folder is refused, with
+the name of the file, and never trained on from.
 """
 
 import json
@@ -111,7 +111,7 @@ class Run:
         )
 
     def progress(self) -> tuple[list[dict[str, Any]], list[Selection]]:
-        """Metrics and selections up to the last finished epoch, which a resumed run goes on from.
+        """Metrics and selections up to the last finished epoch, which a resumed run continues from.
 
         Raises:
             InputError: a file is missing or damaged, or they are not of one run
@@ -145,7 +145,7 @@ class Run:
             raise self.unusable(path.name, f"is damaged ({_reason(error)})") from error
 
     def rescue(self) -> str:
-        """What to do where ``last`` is lost."""
+        """What to do if ``last`` is lost."""
         try:
             epoch = self.epoch_of(self.best)
         except InputError:
@@ -182,6 +182,6 @@ class Run:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, as a part of a sentence."""
+    """An error's message, as a part of a sentence."""
     said = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
     return plain(" ".join(said.split())).rstrip(".")

@@ -1,4 +1,4 @@
-"""What a run writes: its beginning, each epoch as it is done, and its end; and how it is taken up again."""
+"""What a run writes: its start, each epoch as it ends, and its result; and how a run is resumed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ ADDED = ("warm_start",)  # keys that run folders of earlier versions lack
 
 
 def begin(job: Job, data: Dataset, origin: str | None) -> None:
-    """Makes the folder a run's: what it was told, and what the network was. An earlier run in it goes.
+    """Makes the folder a run's: its settings and its network. An earlier run in it is removed.
 
     Args:
         data: the training split as given, with the images that are held out
@@ -107,7 +107,7 @@ def check_same_start(job: Job, start: State) -> None:
 def commit(
     job: Job, optimizer: torch.optim.Optimizer, metrics: Sequence[Metrics], selections: Sequence[Selection]
 ) -> None:
-    """Writes the last epoch; it counts from the moment that ``last`` is renamed into place."""
+    """Commits the last epoch by renaming ``last`` into place."""
     job.processes.by_first(lambda: write_epoch(job, optimizer, metrics, selections))
 
 
@@ -266,7 +266,7 @@ def _held(run: Run, path: Path) -> tuple[int | None, str]:
 
 
 def end_best(job: Job, start: State, metrics: Sequence[Metrics]) -> dict[str, Any]:
-    """What the tuner makes of the best network, its facts stored with it; a killed run that had it keeps it.
+    """Lets the tuner change the best network and stores its facts; a resumed run that already did keeps the result.
 
     Args:
         start: every tensor as it was before the first epoch

@@ -1,4 +1,4 @@
-"""What is measured after an epoch: accuracy on the held-out images, and the probe for catastrophic overfitting."""
+"""Measurements after an epoch: accuracy on the held-out images, and the probe for catastrophic overfitting."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ def accuracy(job: Job) -> tuple[float, float, int]:
     Where weights are averaged, it is the average that is measured.
     """
     recipe = job.recipe
-    # The one step of a one-step attack is as long as the ball and too long to ascend with.
+    # The single step of a one-step attack is about as long as the radius, too long for an attack of several steps.
     length = recipe.threat.step if recipe.threat.steps > 1 else recipe.threat.radius / 4
     threat = Threat(eps=recipe.threat.eps, step=length, norm=recipe.threat.norm, steps=recipe.validation_steps)
     with job.averaged.swapped_in():

@@ -1,4 +1,4 @@
-"""What a tuner is: which parameters train, and when that is decided again."""
+"""The interface of a tuner: which parameters train, and when they are chosen again."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -25,14 +25,14 @@ class Tuner(ABC):
     every: int = 0  # epochs from one selection to the next, 0 for a single one
     optimizer_state: Literal["reset", "keep"] = "reset"  # at a selection; kept is that of what is selected again
     lr_schedule: Literal["continue", "restart"] = "continue"  # at a selection
-    ends: bool = False  # whether ``end`` has work to do, for which the network that the run began with must be known
+    ends: bool = False  # whether ``end`` does something; the run then keeps the network it started from
 
     def due(self, epoch: int) -> bool:
         """Whether a selection is made before this epoch; epochs count from 1 (Algorithm 1, line 3)."""
         return epoch == 1 or (self.every > 0 and (epoch - 1) % self.every == 0)
 
     def unseen(self) -> int:
-        """How many images that were not trained on a selection is made on as well."""
+        """How many images that were not trained on a selection also needs."""
         return 0
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Tuner(ABC):
         return None
 
     def undo(self, model: nn.Module) -> None:
-        """Makes the network an ordinary one again, with what was trained in it."""
+        """Removes what ``begin`` added and merges what was trained into the weights."""
 
     def end(self, model: nn.Module, start: Mapping[str, Tensor], measure: Measure) -> dict[str, Any]:
         """Changes the best network once all epochs are done; returns facts for the record.

@@ -1,4 +1,4 @@
-"""A product of two small matrices is added to every frozen weight, and only these matrices train: ConvLoRA."""
+"""ConvLoRA: a low-rank product is added to every frozen weight, and only its factors train."""
 
 import math
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class ConvLora(Tuner):
         alpha: the product is scaled by alpha / r
         head: adapt the classification head, the last layer to run, too
         norm_affine: train the scale and shift of every normalisation, too
-        norm_statistics: which BatchNorm layers use and update batch statistics meanwhile: all or frozen (none)
+        norm_statistics: which BatchNorm layers use and update batch statistics in training: all or frozen (none)
 
     Source: Aleem et al. 2024, "ConvLoRA and AdaBN based Domain Adaptation via Self-Training".
     """
@@ -148,7 +148,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` that the network will have once it is merged, bit for bit; the network is left as it is."""
+    """The ``state_dict`` that the network will have once it is merged, bit for bit; the network is unchanged."""
     adapted = adapted_layers(model)
     prefixes = tuple(f"{name}.parametrizations." for name in adapted)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}

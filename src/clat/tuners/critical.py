@@ -1,4 +1,4 @@
-"""The most critical layers train, chosen anew every few epochs: Algorithm 1."""
+"""Algorithm 1: the most critical layers train, and are chosen again every few epochs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -42,13 +42,13 @@ class Critical(Tuner):
             of the features under attack, as a share of their length), loss (rise of the loss if this layer alone were
             attacked), alignment (of gradients on training and on held-out images) or gradient (its length for the
             layer's size); or a control: random (Table 5) or lowest (criticality)
-        batch: training images that the ranking is measured on; alignment takes as many held-out ones as well
+        batch: training images that the ranking is measured on; alignment takes the same number of held-out ones too
         norm: normalisation of the weakness: paper (1 / N, Eq. 5), rms (1 / sqrt N) or relative (1 / the length of the
             clean feature)
         at: features at the layer's output or after its normalisation and activation
         head: let the classification head be selected too
         norm_affine: train the scale and shift of a selected layer's own normalisation with it
-        norm_statistics: which BatchNorm layers use and update batch statistics meanwhile: frozen (none), selected
+        norm_statistics: which BatchNorm layers use and update batch statistics in training: frozen (none), selected
             (those right after a selected layer) or all
         optimizer_state: the optimizer's at a selection: reset it, or keep that of layers that are selected again
         lr_schedule: the learning rate's at a selection: continue it, or restart it
@@ -114,7 +114,7 @@ class Critical(Tuner):
         )
 
     def _measure(self) -> Ranking:
-        """What the layers are ranked by; their criticality where they are chosen otherwise, for the record."""
+        """The measure of the layers; criticality if they are listed, random or the lowest."""
         if self.layers or self.ranking == "random" or self.ranking == "lowest":
             return "criticality"
         return self.ranking

@@ -1,4 +1,4 @@
-"""What layers can be ranked by: the paper's criticality, and other measures of one attacked batch."""
+"""Measures to rank layers by: the paper's criticality, and other measures of one attacked batch."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ def rank_layers(
     - criticality: C of Eq. 6
     - relative: E_x ||dF|| / ||F||, how far the attack moves a layer's features, as a share of their length
     - loss: by how much the cross-entropy on clean images rises when this layer's output alone is what it is for the
-      attacked images, and all else goes on from there
+      attacked images, and all later layers compute from it
     - alignment: <g, g'> / ||g||^2, where g is the gradient of the cross-entropy on the attacked batch with respect to
       the layer's parameters and g' that on ``unseen``: the share of a step's gain in training that images which were
       not trained on have too, to first order
@@ -113,7 +113,7 @@ def _gradients(model: nn.Module, batch: Attacked) -> dict[nn.Parameter, Tensor]:
 
 @contextmanager
 def _asking(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The network's parameters, which ask for gradients meanwhile; inside ``held``, which puts back what asked."""
+    """The network's parameters, with gradients on inside the block; used inside ``held``, which restores them."""
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The layer whose weights matter least for robustness trains alone, and is then blended with its start: RiFT."""
+"""RiFT: trains the layer that matters least for robustness, then interpolates between its old and new weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -131,10 +131,10 @@ def worst_risk(model: nn.Module, name: str, batches: Batches, *, radius: float, 
     """The highest R(theta + delta) found with |delta| <= radius |theta|, theta being the weight of that name.
 
     The MRC is this minus R(theta). After each pass of plain gradient ascent over the batches, delta is scaled back
-    into the ball and R is measured there, in eval mode; the network itself is left alone.
+    into the ball and R is measured there, in eval mode; the network itself is unchanged.
 
     Raises:
-        InputError: the ascent left the finite numbers
+        InputError: the ascent gave numbers that are not finite
     """
     theta = model.get_parameter(name).detach()
     largest = radius * theta.norm()

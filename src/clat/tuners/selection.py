@@ -1,4 +1,4 @@
-"""What trains, as a value: recorded in the run folder, applied to the network, checked after every epoch."""
+"""Which parameters train, as a value: recorded in the run folder, applied to the network, checked after every epoch."""
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -23,9 +23,9 @@ class Selection:
         epoch: the epoch before which it was made, from 1
         layers: dotted names of the selected layers, most critical first
         trainable: names of the parameters that train; all others are frozen
-        training: dotted names of the modules that run in train mode meanwhile ("" is the whole network); all others
-            run in eval mode, so that their buffers stand still
-        scores: criticality of every layer when the decision was made (what a tuner measures instead, it says itself)
+        training: dotted names of the modules that run in train mode then ("" is the whole network); all others
+            run in eval mode, so that their buffers do not change
+        scores: what the tuner measured of every layer when it chose; for ``Critical``, the criticality
     """
 
     epoch: int
@@ -61,7 +61,7 @@ class Selection:
 
     @contextmanager
     def mode(self, model: nn.Module) -> Iterator[None]:
-        """Holds the modes that this selection trains in, whatever the caller set, and puts the caller's back."""
+        """Puts modules into the modes that this selection trains in, then restores the caller's."""
         before = [(module, module.training) for module in model.modules()]
         model.eval()
         for name in self.training:
@@ -78,7 +78,7 @@ class Selection:
         return {name for name, _ in model.named_buffers() if name.startswith(prefixes)} if prefixes else set()
 
     def in_words(self) -> str:
-        """The layers by name, with their numbers in the order in which they run where these are known."""
+        """The layers by name, with their numbers in the order in which they run, if known."""
         index = {score.name: score.index for score in self.scores}
         if not index:
             return f"{len(self.layers)} layers"
@@ -104,7 +104,7 @@ def moving_norms(
 
 
 def frozen_before(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that whoever made the network froze; what a selection of clat froze is not among them."""
+    """Parameters that are frozen, but not by a selection of clat."""
     return {
         parameter
         for module in model.modules()
@@ -131,7 +131,7 @@ def weights_of(model: nn.Module, layer: str) -> set[nn.Parameter]:
 def selectable(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The layers that can be selected, in the order given: those whose weights were not frozen before.
 
-    Layers that share a weight are one layer; the first one stands for all.
+    Layers that share a weight are one layer; the first one is named for all.
 
     Raises:
         InputError: none is left

@@ -29,7 +29,7 @@ REFERENCE = "attack"  # the check whose attack others are compared with
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What all checks found together.
+    """The verdict of all checks together.
 
     text: in words; ok: no check failed, and those that it needs ran (``NEEDED``); clean: accuracy without attack;
     robust: accuracy in the worst case over all attacks in the ball, None if there was none; budget: minutes; seconds:
@@ -161,7 +161,7 @@ def _run(s: Subject, checks: Sequence[Check], end: float, progress: Callable[[Ch
 
 
 def _ask(check: Check, s: Subject, left: float, findings: Sequence[Finding]) -> Outcome:
-    """What a check finds, if what it needs has run and the seconds that are left suffice."""
+    """Runs a check, unless one that it needs has not run or too little time is left."""
     ran = {finding.check for finding in findings if finding.status != "skipped"}
     missing = [need for need in check.needs if need not in ran]
     if missing:

@@ -1,4 +1,4 @@
-"""What a check is, and what it finds."""
+"""A check and its finding."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a check found; ``evidence`` is for programs, the rest for people."""
+    """The result of a check; ``evidence`` is for programs, the rest for people."""
 
     check: str
     measured: str

@@ -141,5 +141,5 @@ def _copied(model: nn.Module) -> nn.Module:
     """A copy of the network, or the network itself if it cannot be copied."""
     try:
         return copy.deepcopy(model)
-    except Exception:  # whatever an object raises that cannot be copied
+    except Exception:  # an object that cannot be copied may raise anything
         return model

@@ -30,7 +30,7 @@ LOSSES: dict[str, Loss] = {"cross-entropy": cross_entropy, "margin": margin}
 
 @dataclass(frozen=True)
 class Attacked:
-    """What PGD made of all images, with no iterate thrown away that fooled the network.
+    """The result of PGD on all images. An iterate that was misclassified is kept.
 
     images: of each image the last iterate that was misclassified, or else the one with the highest loss; fooled:
     which were misclassified at some step, bool (n,); curve: the loss after each step, (steps + 1, n).
@@ -115,7 +115,7 @@ class Subject:
 
     @cached_property
     def gradients(self) -> dict[str, Tensor] | str:
-        """The gradient of each loss at the images, or in words why there is none."""
+        """The gradient of each loss at the images, or the reason why there is none."""
         try:
             return {name: self._gradient(loss) for name, loss in LOSSES.items()}
         except (RuntimeError, NoGradientError) as error:  # raised by autograd and by what has no derivative
