@@ -23,6 +23,9 @@ import page  # noqa: E402 (found in bench/)
 
 from clat import build_model  # noqa: E402
 from clat.cli.tables import percent  # noqa: E402
+from clat.compare.file import load_comparison  # noqa: E402
+from clat.compare.result import read_entries  # noqa: E402
+from clat.compare.table import markdown  # noqa: E402
 from clat.evaluation.accuracy import Accuracy  # noqa: E402
 from clat.evaluation.trust import CHECKS, NEEDED  # noqa: E402
 from clat.layers import trace  # noqa: E402
@@ -205,6 +208,16 @@ def needed_checks() -> Lines:
     return [", ".join(f"`{check}`" for check in NEEDED) + "."]
 
 
+def comparison(name: str) -> Lines:
+    """What a comparison found, from the result that `clat compare` wrote."""
+    asked = load_comparison(str(ROOT / f"comparisons/{name}.yaml"))
+    text = markdown(asked, read_entries(ROOT / f"results/{name}.json"))
+    return ["", *text.removeprefix("# ").rstrip("\n").split("\n"), ""]
+
+
+RESULTS = {path.stem for path in (ROOT / "results").glob("*.json")}
+COMPARED = sorted(RESULTS & {path.stem for path in (ROOT / "comparisons").glob("*.yaml")})
+
 TABLES: dict[str, Callable[[], Lines]] = {
     "before and after": before_and_after,
     "methods": methods,
@@ -221,6 +234,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "layer numbers": layer_numbers,
     "checks": checks,
     "needed checks": needed_checks,
+    **{f"comparison: {name}": partial(comparison, name) for name in COMPARED},
     **{f"bench: {name}": partial(bench, name) for name in page.TABLES},
 }
 
