@@ -159,7 +159,7 @@ def test_the_loop_gives_alignment_held_out_images_only(blobs, plain, tmp_path, m
     choose = Critical.select
 
     def spy(self, model, x, y, threat, **keys):
-        given.append((x, keys["unseen"]))
+        given.append((x, keys.get("unseen")))
         return choose(self, model, x, y, threat, **keys)
 
     monkeypatch.setattr(Critical, "select", spy)
