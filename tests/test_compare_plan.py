@@ -13,9 +13,9 @@ from clat.cli.arguments import read
 from clat.cli.main import main
 from clat.compare.file import comparison, comparison_path, load_comparison
 from clat.compare.plan import Comparison
-from clat.compare.recipes import recipe_of
 from clat.data.dataset import Dataset
 from clat.errors import InputError
+from clat.training.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "comparisons"
 WHOLE = {
@@ -103,7 +103,7 @@ def test_every_comparison_loads_at_every_scale_plans_and_dry_runs(path, tmp_path
         units[scale] = len(list(found.runs()))
         assert units[scale] == len(found.arms) * len(found.seeds)
         for arm in found.arms:
-            assert recipe_of(arm.settings(7)).seed == 7
+            assert Recipe.from_keys(arm.settings(7)).seed == 7
         line = ["compare", name, "--data", "none", "--out", str(tmp_path / "out"), "--scale", scale, "--dry-run"]
         assert main(line) == 0, scale
         assert f"{units[scale]} units left: about" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -115,10 +116,12 @@ def _start(unit: Unit, *, one_thread: bool) -> subprocess.Popen[bytes]:
         )
 
 
-def _show_plan(progress: Progress, data: Dataset, build: object, jobs: int, device: str | None) -> None:
+def _show_plan(
+    progress: Progress, data: Dataset, build: Callable[[str], nn.Module], jobs: int, device: str | None
+) -> None:
     """What runs, from where, and for how long."""
     comparison, left = progress.comparison, progress.left()
-    times = pass_times(comparison, data, build, device_named(device))  # type: ignore[arg-type]
+    times = pass_times(comparison, data, build, device_named(device))
     console.print(plain(comparison.question), style="bold", highlight=False)
     for note in comparison.notes:
         console.print(plain(f"  {note}"), highlight=False, style="dim")

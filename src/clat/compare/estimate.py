@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from clat.compare.images import split
 from clat.compare.plan import Arm, Comparison
-from clat.compare.recipes import recipe_of, resolved
+from clat.compare.recipes import resolved
 from clat.compare.unit import attacks_of
 from clat.data.dataset import Dataset
 from clat.evaluation.cost import pass_seconds
+from clat.training.batches import split
 from clat.training.loop import train
+from clat.training.recipe import Recipe
 from clat.training.recipe_files import laid_over
 from clat.training.runs import Run
 
@@ -43,7 +44,9 @@ def _pass_seconds(arm: Arm, data: Dataset, model: nn.Module, device: Any) -> flo
     short = {"epochs": 1, "images": images, "holdout": 32, "health": False, "extra": None}
     with TemporaryDirectory() as folder:
         few = data.subset(torch.arange(images + 64))
-        train(recipe_of(laid_over(arm.keys, short)), model, few, out=Path(folder) / "run", device=device, workers=0)
+        train(
+            Recipe.from_keys(laid_over(arm.keys, short)), model, few, out=Path(folder) / "run", device=device, workers=0
+        )
         return Run(Path(folder) / "run").result["seconds"] / (images * (steps + 1))
 
 

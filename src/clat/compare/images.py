@@ -10,6 +10,7 @@ from clat.compare.plan import Comparison, Evaluation
 from clat.compare.recipes import resolved
 from clat.data.dataset import Dataset
 from clat.errors import InputError
+from clat.training.batches import split
 
 Load = Callable[[str], Dataset]  # a split of the data by its name
 
@@ -35,10 +36,7 @@ def measured_on(comparison: Comparison, evaluation: Evaluation, load: Load) -> D
         few = f"there are {len(found):,} {evaluation.of} images"
         remedy = "lower images there" if evaluation.of != "unused" else "lower it, or the images that the arms train on"
         raise InputError(f"The evaluation asks for {evaluation.images:,} images, but {few}; {remedy}.")
-    if evaluation.images in (None, len(found)):
-        return found
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(DRAWN_BY))
-    return found.subset(order[: evaluation.images].sort().values)
+    return found.sample(evaluation.images, DRAWN_BY)
 
 
 def _places(of: str, arms: Iterable[Mapping[str, Any]], total: int) -> Tensor:
@@ -56,15 +54,3 @@ def _places(of: str, arms: Iterable[Mapping[str, Any]], total: int) -> Tensor:
         for places in split(total, *each):
             unused[places] = False
     return unused.nonzero().squeeze(1)
-
-
-def split(total: int, holdout: int, seed: int, images: int | None) -> tuple[Tensor, Tensor]:
-    """The places of the images that a run trains on and of those that it holds out, as ``train`` draws them."""
-    if not 0 < holdout <= total // 2:
-        raise InputError(f"{holdout} images cannot be held out of {total}; set holdout between 1 and {total // 2}.")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    held, rest = order[:holdout].sort().values, order[holdout:].sort().values
-    if images is not None and images < len(rest):
-        chosen = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:images]
-        rest = rest[chosen.sort().values]
-    return rest, held

@@ -8,14 +8,9 @@ from clat.training.recipe import Recipe
 SETTLED = ("precision", "layout")  # what auto became is in the run's own recipe
 
 
-def recipe_of(keys: Mapping[str, Any]) -> Recipe:
-    """Raises InputError if the keys make no recipe."""
-    return Recipe.from_keys(keys)
-
-
 def resolved(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Every key of a recipe, defaults among them. Raises InputError if the keys make no recipe."""
-    return recipe_of(keys).keys()
+    return Recipe.from_keys(keys).keys()
 
 
 def differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

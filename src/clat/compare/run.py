@@ -1,7 +1,6 @@
 """Runs a comparison: which units are left, several at a time, each after the one that it starts from."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from clat.compare.unit import Unit, check_folder, fingerprints, identity, matche
 from clat.errors import InputError
 from clat.files import read_text, write_text
 from clat.text import plain
+from clat.training.claims import take_lock
 from clat.training.runs import Run
 
 POLL = 0.2  # seconds between two looks at the running units
@@ -252,23 +252,8 @@ def locked(out: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise InputError(f"{plain(out)} cannot hold a comparison ({plain(error)}); choose another --out.") from error
     with file:
-        if not _lock(file.fileno()):
+        if not take_lock(file.fileno()):
             raise InputError(
                 f"Another clat compare is at work in {plain(out)}; wait until it ends, or choose another --out."
             )
         yield
-
-
-def _lock(file: int) -> bool:
-    """Whether the file could be locked, or its file system has no locks."""
-    if os.name == "nt":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -1,7 +1,7 @@
 """A comparison's results: figures for each arm, a verdict on each contrast, and both as Markdown."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -180,5 +180,5 @@ def _flat(printed: Mapping[str, Any], before: str = "") -> list[str]:
 
 
 def _markdown_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    join: Callable[[Sequence[str]], str] = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
-    return "\n".join([join(headings), "|" + "---|" * len(headings), *map(join, body)])
+    first, *others = [f"| {' | '.join(cells)} |" for cells in (headings, *body)]
+    return "\n".join([first, "|" + "---|" * len(headings), *others])

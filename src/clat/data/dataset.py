@@ -94,13 +94,8 @@ class Dataset:
 
     def hold_out(self, count: int, seed: int = 0) -> tuple["Dataset", "Dataset"]:
         """The set without ``count`` images drawn at random, and these images."""
-        if not 0 < count <= len(self) // 2:
-            raise InputError(
-                f"{count} images cannot be held out of {len(self)} for validation; set holdout between 1 and "
-                f"{len(self) // 2}."
-            )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.subset(order[count:].sort().values), self.subset(order[:count].sort().values)
+        rest, held = held_out(len(self), count, seed)
+        return self.subset(rest), self.subset(held)
 
     def batches(
         self, size: int, *, order: Tensor | None = None, workers: int | None = None
@@ -249,6 +244,20 @@ def _listed(names: Sequence[str], others: Sequence[str]) -> str:
 def to_unit(pixels: Tensor) -> Images:
     """uint8 pixels as float32 in [0, 1]."""
     return pixels.float() / 255
+
+
+def held_out(total: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The places of the images that stay and of the ``count`` that are held out, each in order.
+
+    Raises:
+        InputError: none, or more than half of them, are to be held out
+    """
+    if not 0 < count <= total // 2:
+        raise InputError(
+            f"{count} images cannot be held out of {total} for validation; set holdout between 1 and {total // 2}."
+        )
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def augment(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:

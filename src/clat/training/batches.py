@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clat.data.crops import Crops
-from clat.data.dataset import Dataset, to_unit
+from clat.data.dataset import Dataset, held_out, to_unit
 from clat.errors import InputError
 from clat.network import Images, Labels
 from clat.threat import Threat
@@ -127,10 +127,8 @@ def run_images(recipe: Recipe, data: Dataset, processes: Processes, workers: int
     """
     if recipe.batch_size % processes.count:
         raise InputError(f"batch_size {recipe.batch_size} is not a multiple of the {processes.count} processes.")
-    training, validation = data.hold_out(recipe.holdout, recipe.holdout_seed)
-    if recipe.images is not None and recipe.images < len(training):
-        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(recipe.holdout_seed))
-        training = training.subset(order[: recipe.images].sort().values)
+    places, held = split(len(data), recipe.holdout, recipe.holdout_seed, recipe.images)
+    training, validation = data.subset(places), data.subset(held)
     if recipe.warm_start and processes.count > 1:
         raise InputError("warm_start works in one process, as images change processes from epoch to epoch.")
     device, rank, count = processes.device, processes.rank, processes.count
@@ -150,3 +148,16 @@ def run_images(recipe: Recipe, data: Dataset, processes: Processes, workers: int
         ranks=count,
         workers=workers,
     )
+
+
+def split(total: int, holdout: int, seed: int, images: int | None) -> tuple[Tensor, Tensor]:
+    """The places of the images that a run trains on and of those that it holds out, among all training images.
+
+    Args:
+        holdout, seed, images: ``holdout``, ``holdout_seed`` and ``images`` of its recipe
+    """
+    rest, held = held_out(total, holdout, seed)
+    if images is not None and images < len(rest):
+        chosen = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:images]
+        rest = rest[chosen.sort().values]
+    return rest, held

@@ -110,7 +110,7 @@ def _locked(folder: Path) -> Iterator[None]:
         while True:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             _held.add(lock)
-            taken = _take_lock(lock)
+            taken = take_lock(lock)
             if not taken or _same_file(lock, path):  # another process may have ended and removed it in between
                 break
             _let_go(lock)
@@ -146,7 +146,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_held)
 
 
-def _take_lock(lock: int) -> bool:
+def take_lock(lock: int) -> bool:
     """Whether the file could be locked; not if another process has it."""
     try:
         if sys.platform == "win32":

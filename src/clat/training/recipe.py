@@ -117,7 +117,7 @@ class Recipe:
         if self.warm_start and not self.objective.attacks_pixels():
             raise InputError(f"warm_start needs an objective that attacks pixels, and {self.objective.name} does not.")
         if self.warm_start and self.extra is not None:
-            raise InputError("warm_start works without extra, whose images are drawn anew in each epoch.")
+            raise InputError("warm_start works without extra, whose images are drawn again in each epoch.")
         check_least(1, epochs=self.epochs, batch_size=self.batch_size, images=self.images, holdout=self.holdout)
         check_least(0, validation_steps=self.validation_steps)
         check_least(0.0, weight_decay=self.weight_decay)

@@ -32,6 +32,7 @@ def accuracy(job: Job) -> tuple[float, float, int]:
             job.images.validation,
             threat,
             seed=recipe.seed,
+            workers=job.images.workers,
             device=job.processes.device,
             precision=recipe.precision,
         )
