@@ -17,8 +17,8 @@ from clat.layers import trace
 from clat.models import Normalized
 from clat.objectives import Clat, Objective, PgdAt
 from clat.threat import Threat
-from clat.training.method import Method
 from clat.training.optimizer import make_optimizer
+from clat.training.own_loop import OwnLoop
 from clat.training.recipe import Recipe
 from clat.tuners import Critical, Selection, Tuner, Whole
 
@@ -78,7 +78,7 @@ def layer_names(model: nn.Module, indices: Sequence[int]) -> list[str]:
 def ours(training: Training, model: nn.Module, pixels: Tensor, y: Tensor, selected: Sequence[int] = ()) -> Step:
     """A step of the training loop, from uint8 pixels to the moved weights; CLAT's with these layers selected."""
     x = to_unit(pixels)
-    method = Method(model, training.objective, training.tuner, training.threat, precision=training.precision)
+    method = OwnLoop(model, training.objective, training.tuner, training.threat, precision=training.precision)
     if selected:
         names = layer_names(model, selected)
         prefixes = tuple(f"{name}." for name in names)

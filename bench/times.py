@@ -84,7 +84,7 @@ def steps_and_floors(name: str, device: str, batch: int, repeats: int, **options
 def peers(device: str, batch: int, repeats: int, **options: Any) -> dict[str, Any]:
     """PGD-AT with each library; theirs train the network in torch's default layout, as a user of theirs would.
 
-    Contestants are made anew for each round: how their tensors happen to lie in memory makes several percent.
+    Contestants are made again for each round: how their tensors happen to lie in memory makes several percent.
     """
     pixels, y = images(batch, device)
 

@@ -11,7 +11,7 @@ from clat.network import same_bits, snapshot
 from clat.objectives import OBJECTIVES, FreeAt, PgdAt
 from clat.threat import Threat
 from clat.training.awp import Awp
-from clat.training.method import Method
+from clat.training.own_loop import OwnLoop
 from clat.tuners import Critical
 
 
@@ -127,7 +127,7 @@ def test_values_out_of_range_are_refused():
 def test_around_critical_only_what_is_selected_is_perturbed(plain, images):
     """Also where the normalisation trains with its layer, whose scale and shift have one dimension."""
     tuner = Critical(k=1, norm_affine=True, norm_statistics="selected")
-    method = Method(plain, PgdAt(), tuner, Threat(eps=0.1, step=0.05, steps=2))
+    method = OwnLoop(plain, PgdAt(), tuner, Threat(eps=0.1, step=0.05, steps=2))
     method.select(*images)
     (layer,) = method.layers
     x_adv, before, inside = method.attack(*images), snapshot(plain), {}

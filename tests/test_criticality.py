@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, _scores, layer_count, layer_criticality, ranked, top
+from clat.criticality import LayerScore, _scores, layer_criticality
 from clat.errors import InputError
 from clat.layers import Call, find_layers
 from clat.threat import Threat, attack_output
+from clat.tuners.order import layer_count, ranked, top
 
 EPS = 0.1
 

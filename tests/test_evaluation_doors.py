@@ -29,10 +29,10 @@ from clat.evaluation.record import _content_digest
 from clat.evaluation.sweep import sweep
 from clat.evaluation.transfer import transfer
 from clat.evaluation.trust import trust
-from clat.layers import named_layers
+from clat.layer_names import named_layers
 from clat.models import Normalized, build_model
+from clat.network import NoGradientError
 from clat.structure import structure_digest
-from clat.threat import NoGradientError
 from clat.training.integrity import LayerStatus
 
 HOSTILE = "a[/x]b\x1b[31m\nc"

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from house import LONGEST_FUNCTION, LONGEST_MODULE, findings
+from house import LONGEST_FUNCTION, LONGEST_MODULE, LONGEST_PATH, findings
 
 
 def test_the_rules_hold():
@@ -74,3 +74,9 @@ def test_of_a_command_only_the_body_counts(tmp_path):
     assert found(tmp_path, "src/clat/cli/evaluation.py", signature + body) == ""
     assert "evaluate has 61 lines" in found(tmp_path, "src/clat/cli/evaluation.py", signature + body + "    pass\n")
     assert "evaluate has" in found(tmp_path, "src/clat/evaluation/evaluate.py", signature + body)
+
+
+def test_a_reading_path_that_grew_is_found(tmp_path):
+    said = found(tmp_path, "src/clat/threat.py", "\n" * LONGEST_PATH)
+    assert "The reading path" not in said
+    assert "The reading path" in found(tmp_path, "src/clat/layers.py", "\n")

@@ -8,7 +8,7 @@ from clat.checkpoint import load_checkpoint, save_checkpoint
 from clat.errors import InputError
 from clat.layers import trace
 from clat.models import build_model, mix
-from clat.training.method import CLAT
+from clat.training.own_loop import CLAT
 
 COUNTS = {  # shared/reference/baselines.md, section 15, computed from the public sources
     ("rn18", 10): 11_173_962,

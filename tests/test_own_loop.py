@@ -180,7 +180,7 @@ def test_a_resumed_loop_goes_on_as_if_it_had_never_stopped(plain, images, tmp_pa
     stored = torch.load(tmp_path / "stopped.pt", weights_only=True)
     plain.load_state_dict(stored["model"])
     for parameter in plain.parameters():
-        parameter.requires_grad_(True)  # as a network made anew has it
+        parameter.requires_grad_(True)  # as a network made again has it
     again = loop()
     state = json.loads(json.dumps(stored["clat"]))  # nothing but numbers, texts and lists
     optimizer = torch.optim.SGD(again.load_state_dict(state), lr=0.1, momentum=0.9)
@@ -229,7 +229,7 @@ def test_ddp_wraps_after_each_selection(plain, images):
         assert sum(reduced) == 2 * sum(parameter.numel() for parameter in parameters)
         tuner.verify()
     tuner.select(x, y)
-    with pytest.raises(InputError, match="wrap the network anew"):
+    with pytest.raises(InputError, match="wrap the network again"):
         tuner.loss(x, y, through=wrapped)
     with pytest.raises(InputError, match="does not hold the network"):
         tuner.loss(x, y, through=nn.Identity())

@@ -142,7 +142,7 @@ def test_resume_and_overwrite_exclude_each_other(data, tmp_path):
 
 
 def test_a_kill_while_a_run_is_replaced_never_leaves_half_a_run_to_resume(data, tmp_path, monkeypatch):
-    """Dies before each removal in turn; then --resume is refused or starts anew, and --overwrite works."""
+    """Dies before each removal in turn; then --resume is refused or starts over, and --overwrite works."""
     once = replace(RECIPE, epochs=1)
     run = train(once, small(), data, out=tmp_path / "run")
     whole = train(replace(once, seed=1), small(), data, out=tmp_path / "whole")
@@ -481,7 +481,7 @@ def test_what_is_mended_is_said(copy, data, capsys):
 
     (copy.folder / "result.json").unlink()
     train(CRITICAL, known(), data, out=copy.folder, resume=True, console=Console(width=120))
-    assert "result.json is missing or damaged; written anew from metrics.jsonl" in capsys.readouterr().out
+    assert "result.json is missing or damaged; written again from metrics.jsonl" in capsys.readouterr().out
 
 
 def test_another_network_cannot_take_a_run_over(copy, data):

@@ -365,7 +365,7 @@ def test_the_choice_leaves_network_and_random_numbers_alone():
     [
         (("fp32", "channels-last"), "auto", "channels-last (--precision fp32 --layout channels-last)"),
         (("bf16", "contiguous"), "contiguous", "bf16, contiguous (--precision bf16 --layout contiguous)"),
-        (("fp32", "contiguous"), "auto", "does not bear channels-last (--precision fp32"),
+        (("fp32", "contiguous"), "auto", "does not work in channels-last (--precision fp32"),
     ],
 )
 def test_what_was_chosen_is_said_with_the_flags_that_repeat_it(settled, asked, words):

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clat.errors import InputError
+from clat.inputs import fraction
 from clat.network import check_images, held, same_bits, snapshot
-from clat.threat import Threat, ascend, fraction
+from clat.threat import Threat, ascend
 
 LINEAR = torch.nn.Identity()
 

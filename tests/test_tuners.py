@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from clat.criticality import layer_criticality, top
+from clat.criticality import layer_criticality
 from clat.errors import InputError
 from clat.network import same_bits, snapshot
 from clat.threat import Threat, attack_output
 from clat.tuners import TUNERS, ConvLora, Critical, Rift, Selection, Whole
 from clat.tuners.convlora import merge
+from clat.tuners.order import top
 
 THREAT = Threat(steps=2)
 SMALL = {"rift": Rift(passes=2)}

@@ -12,9 +12,8 @@ import yaml
 from clat import CLAT, InputError, Recipe, Threat, attack_output, find_layers, layer_criticality, top
 from clat.cli.arguments import _entries, parse
 from clat.cli.commands import COMMANDS
-from clat.inputs import annotations, block_of
+from clat.inputs import annotations, block_of, fraction
 from clat.objectives import OBJECTIVES, Clat, Score
-from clat.threat import fraction
 from clat.training.averaging import Average
 from clat.training.awp import Awp
 from clat.training.extra import Extra

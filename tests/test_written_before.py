@@ -5,7 +5,7 @@
     clat train recipe.yaml --model rn18,width=1 --data images --out finished
     clat train recipe.yaml --model rn18,width=1 --data images --out stopped    (killed while it wrote the second epoch)
 
-These files are never written anew. What a later format adds, it adds beside them.
+These files are never written again. What a later format adds, it adds beside them.
 """
 
 import json

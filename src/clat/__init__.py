@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clat import objectives, tuners
     from clat.checkpoint import export_weights, load_checkpoint, save_checkpoint
-    from clat.criticality import layer_criticality, top
+    from clat.criticality import layer_criticality
     from clat.data.arrays import as_dataset
     from clat.data.dataset import Dataset
     from clat.data.loading import load_data
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from clat.training.health import HealthError
     from clat.training.integrity import IntegrityError
     from clat.training.loop import train
-    from clat.training.method import CLAT, Method
+    from clat.training.own_loop import CLAT, OwnLoop
     from clat.training.recipe import Recipe
+    from clat.tuners.order import top
 
 __all__ = [
     "CLAT",
@@ -33,7 +34,7 @@ __all__ = [
     "HealthError",
     "InputError",
     "IntegrityError",
-    "Method",
+    "OwnLoop",
     "Recipe",
     "Threat",
     "as_dataset",
@@ -58,12 +59,12 @@ __all__ = [
 # The module of each public name. It is imported when the name is first asked for, and torch with it: the command line
 # reports a typo without waiting for torch.
 MODULES = {
-    "CLAT": "training.method",
+    "CLAT": "training.own_loop",
     "Dataset": "data.dataset",
     "HealthError": "training.health",
     "InputError": "errors",
     "IntegrityError": "training.integrity",
-    "Method": "training.method",
+    "OwnLoop": "training.own_loop",
     "Recipe": "training.recipe",
     "Threat": "threat",
     "as_dataset": "data.arrays",
@@ -77,7 +78,7 @@ MODULES = {
     "load_data": "data.loading",
     "save_checkpoint": "checkpoint",
     "sweep": "evaluation.sweep",
-    "top": "criticality",
+    "top": "tuners.order",
     "train": "training.loop",
     "transfer": "evaluation.transfer",
     "trust": "evaluation.trust",

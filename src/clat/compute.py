@@ -42,7 +42,7 @@ def choose(
 
     The precision is bf16 where the device has instructions for it, else fp32; the layout is channels-last on CPUs and
     CUDA, elsewhere contiguous, as torch makes them. A network that fails in channels-last, as one that flattens with
-    ``view`` may, gives other scores in it, or has gradients that the CPU would get wrong (``bears_channels_last``),
+    ``view`` may, gives other scores in it, or has gradients that the CPU would get wrong (``works_in_channels_last``),
     stays contiguous.
 
     Args:
@@ -65,13 +65,13 @@ def choose(
 def in_words(device: torch.device, precision: Precision, layout: Layout, asked: Layout = "auto") -> str:
     """The precision and layout in words, with the flags that repeat them, and whether channels-last was refused."""
     refused = asked == "auto" and layout == "contiguous" and device.type in CHANNELS_LAST
-    why = ", as the network does not bear channels-last" if refused else ""
+    why = ", as the network does not work in channels-last" if refused else ""
     return f"computes in {precision}, {layout}{why} (--precision {precision} --layout {layout})"
 
 
 def _refusal(model: nn.Module, x: Images, layout: Layout) -> str:
     """Why the network does not work in this layout; empty if it does, and it is then stored in the layout."""
-    if layout == "channels-last" and x.device.type == "cpu" and not bears_channels_last(model):
+    if layout == "channels-last" and x.device.type == "cpu" and not works_in_channels_last(model):
         return "has strided 1x1 convolutions of too few channels, whose gradients this CPU gets wrong"
     before = layout_of(model)
     scores = _scores(model, x)
@@ -186,7 +186,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
-def bears_channels_last(model: nn.Module) -> bool:
+def works_in_channels_last(model: nn.Module) -> bool:
     """False if the CPU would compute wrong gradients, or crash, with the kernels stored channels-last.
 
     oneDNN's gradient of a strided 1x1 kernel writes past its memory if it has fewer input channels than a vector has

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clat.errors import InputError
 from clat.features import At, lengths, observe
-from clat.inputs import check_word, shown
+from clat.inputs import check_word
 from clat.layers import Call, trace
 from clat.network import Images, check_images, held
 
@@ -88,48 +88,3 @@ def _scores(calls: list[Call], weakness: list[float]) -> list[LayerScore]:
         if call.index is not None:
             before = value
     return scores
-
-
-def ranked(scores: list[LayerScore], *, head: bool = False) -> list[LayerScore]:
-    """The layers that can be selected, most critical first.
-
-    Projection shortcuts are left out, and so is the classification head (the last layer to run) unless ``head`` is
-    set: with the 1/N of Eq. 5 its few outputs put it first in every network, yet no table of the paper lists it.
-    """
-    counted = [score for score in scores if score.index is not None]
-    last = counted[-1].name if len(counted) > 1 and not head else None
-    return sorted((score for score in counted if score.name != last), key=lambda score: -score.criticality)
-
-
-def top(scores: list[LayerScore], k: int | float, *, head: bool = False) -> list[str]:
-    """The names of the k most critical layers, most critical first (Algorithm 1, line 9).
-
-    Args:
-        k: how many layers (an int), or which share of them (a float up to 1.0, rounded, at least one layer)
-        head: let the classification head be selected too
-    """
-    names = list(dict.fromkeys(score.name for score in ranked(scores, head=head)))
-    return names[: layer_count(k, len(names))]
-
-
-def layer_count(k: int | float, layers: int) -> int:
-    """k as a number of layers: an int is one, a float is a share of them, rounded, at least one layer.
-
-    Raises:
-        InputError: k is neither, or there are not so many layers
-    """
-    check_k(k)
-    count = max(1, round(k * layers)) if isinstance(k, float) else k
-    if count > layers:
-        raise InputError(f"k is {k}; give a number of layers from 1 to {layers}, or a share such as 0.05.")
-    return count
-
-
-def check_k(k: object, name: str = "k") -> None:
-    """Raises InputError unless k is an int of 1 or more, or a float above 0 and up to 1.0, which is all layers."""
-    count = isinstance(k, int) and not isinstance(k, bool) and k >= 1
-    share = isinstance(k, float) and 0 < k <= 1
-    if not count and not share:
-        raise InputError(
-            f"{name} is {shown(k)}; give a whole number of layers from 1 on, or a share above 0 and up to 1.0 (all)."
-        )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clat.activations import Follow, Stop
-from clat.errors import InputError
-from clat.network import Cost, Images, eager, first_tensor, held, hooked, logits
+from clat.network import Cost, Images, by_image, eager, first_tensor, held, hooked, logits
 
 At = Literal["output", "activation"]
 Between = Callable[[Tensor, Tensor], Tensor]  # two features (batch, ...) -> how far apart they are (batch,)
@@ -52,10 +51,10 @@ def observe(
     def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
         nonlocal seen
         feature = first_tensor(output)
-        by_image = partial(_by_image, images=len(x), module=module)
-        visit(seen, by_image(feature))
+        rows = partial(by_image, images=len(x), module=module)
+        visit(seen, rows(feature))
         if follow is not None:
-            follow.add(seen, feature, by_image)
+            follow.add(seen, feature, rows)
         seen += 1
         if follow is None and seen == stop_after:
             raise Stop
@@ -110,31 +109,6 @@ def compare(
     return scores if whole else None, torch.stack(list(distances.values())).sum(0)
 
 
-def spliced(model: nn.Module, x: Images, x_adv: Images, modules: Mapping[str, nn.Module], number: int) -> Tensor:
-    """The class scores (batch, classes) of x if one call of the modules gave for x what it gives for x_adv.
-
-    Both run as one batch, so a layer must not mix images: run the network in eval mode.
-
-    Args:
-        number: the call, counted from 0 in execution order over all modules
-    """
-    seen = 0
-
-    def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen != number + 1:
-            return output
-        feature = first_tensor(output)
-        changed = feature.clone()
-        rows = _by_image(changed, images=2 * len(x), module=module)
-        rows[: len(x)] = rows[len(x) :]
-        return changed if output is feature else (changed, *output[1:])  # attention returns its weights too
-
-    with hooked([module.register_forward_hook(hook) for module in modules.values()]):
-        return logits(eager(model, torch.cat([x, x_adv])))[: len(x)]
-
-
 def feature_distance(
     model: nn.Module,
     x: Images,
@@ -155,16 +129,3 @@ def feature_distance(
     with held(model, mode), torch.no_grad():
         _, recorded = record(model, x, modules, at=at, stop_after=calls)
     return lambda z: compare(model, z, modules, recorded, between, at=at)[1]
-
-
-def _by_image(feature: Tensor, *, images: int, module: nn.Module) -> Tensor:
-    """The feature with one row an image, also where the sequence comes first or each image was cut into windows."""
-    sequence_first = isinstance(module, nn.MultiheadAttention) and not module.batch_first
-    if feature.dim() > 1 and feature.shape[1] == images and (sequence_first or feature.shape[0] % images):
-        feature = feature.transpose(0, 1)
-    if feature.dim() < 2 or feature.shape[0] % images:
-        raise InputError(
-            f"A {type(module).__name__} returned shape {tuple(feature.shape)} for {images} images, so its features "
-            "cannot be told apart by image."
-        )
-    return feature if feature.shape[0] == images else feature.unflatten(0, (images, -1))

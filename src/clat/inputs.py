@@ -6,6 +6,7 @@ import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from fractions import Fraction
 from functools import cache
 from inspect import isabstract
 from numbers import Integral, Real
@@ -80,6 +81,28 @@ def check_least(least: float, *, prefix: str = "", **values: float | None) -> No
             continue
         if not (_is_whole(value) if isinstance(least, int) else isinstance(value, Real)) or value < least:
             raise InputError(f"{prefix}{name} is {shown(value)}; it must be {least:g} or more.")
+
+
+def fraction(value: float | str) -> float:
+    """A number given as a number or as text such as ``8/255``. Raises InputError if it is neither."""
+    try:
+        # Not all by Fraction, which writes 1e999999999 out.
+        number = float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise InputError(f"{shown(value)} is not a number; write it like 0.03 or 8/255.")
+    return number
+
+
+def check_k(k: object, name: str = "k") -> None:
+    """Raises InputError unless k is an int of 1 or more, or a float above 0 and up to 1.0, which is all layers."""
+    count = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+    share = isinstance(k, float) and 0 < k <= 1
+    if not count and not share:
+        raise InputError(
+            f"{name} is {shown(k)}; give a whole number of layers from 1 on, or a share above 0 and up to 1.0 (all)."
+        )
 
 
 def annotations(owner: Any) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Which modules of a network are layers, and in which order they run."""
 
-import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from clat.errors import InputError
-from clat.inputs import nearest
 from clat.network import Images, check_images, eager, first_tensor, held, hooked
-from clat.text import plain
-
-WRAPPER = "network."  # begins the names of all layers of a network that ``build_model`` made
+from clat.shortcuts import is_shortcut
 
 # Layers are the modules with a weight that mixes channels. Attention is one layer: its projections run inside it.
 LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 NORM_TYPES = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
-
-# Projection shortcuts by the names in use: kuangliu and TRADES (shortcut, convShortcut), torchvision and timm
-# (downsample, there a 1x1 convolution; ConvNeXt's downsample on the main path is larger).
-_SHORTCUT = re.compile(r"shortcut|skip", re.IGNORECASE)
-_POINTWISE_SHORTCUT = re.compile(r"downsample", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -101,32 +92,6 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
             if isinstance(module, nn.MultiheadAttention):
                 inside_attention.update(module.modules())
     return found
-
-
-def is_shortcut(name: str, module: nn.Module) -> bool:
-    """True for the projection on a residual block's short path, which the paper's numbering leaves out."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        return False
-    pointwise = all(size == 1 for size in module.kernel_size)
-    return bool(_SHORTCUT.search(name) or (pointwise and _POINTWISE_SHORTCUT.search(name)))
-
-
-def named_layers(model: nn.Module, x: Images, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The layers of these names that run on images x; ``network.``, which ``build_model`` puts first, may be left out.
-
-    Raises:
-        InputError: the network has no such layer
-    """
-    known = find_layers(model, x[:1])
-    full = {name: name if name in known else f"{WRAPPER}{name}" for name in names}
-    for name in names:
-        if full[name] not in known:
-            listed = [plain(layer.removeprefix(WRAPPER)) for layer in known]
-            raise InputError(
-                f"The network has no layer {plain(name)!r}; clat layers lists them: {', '.join(listed)}."
-                f"{nearest(name, listed)}"
-            )
-    return {full[name]: known[full[name]] for name in names}
 
 
 def trained_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -82,6 +82,24 @@ def first_tensor(output: Any) -> Tensor:
     raise InputError(f"A layer or network returned {type(output).__name__} with no tensor in it.")
 
 
+def by_image(feature: Tensor, *, images: int, module: nn.Module) -> Tensor:
+    """The feature with one row an image, also where the sequence comes first or each image was cut into windows."""
+    sequence_first = isinstance(module, nn.MultiheadAttention) and not module.batch_first
+    if feature.dim() > 1 and feature.shape[1] == images and (sequence_first or feature.shape[0] % images):
+        feature = feature.transpose(0, 1)
+    if feature.dim() < 2 or feature.shape[0] % images:
+        raise InputError(
+            f"A {type(module).__name__} returned shape {tuple(feature.shape)} for {images} images, so its features "
+            "cannot be told apart by image."
+        )
+    return feature if feature.shape[0] == images else feature.unflatten(0, (images, -1))
+
+
+def per_image(values: Tensor, like: Images) -> Tensor:
+    """Reshapes (batch,) to broadcast against (batch, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
 def check_images(x: Images) -> None:
     """Raises InputError unless x is (batch, channel, height, width) with finite pixels in [0, 1]."""
     if not isinstance(x, Tensor):
@@ -128,6 +146,19 @@ def whole_labels(y: Labels, x: Images, classes: int | None = None) -> Labels:
         if not 0 <= first <= last < classes:
             raise InputError(f"The labels run from {first} to {last}, but the network has {classes} outputs.")
     return y
+
+
+class NoGradientError(InputError):
+    """The network's output has no gradient to the pixels."""
+
+
+def check_gradient(values: Tensor) -> None:
+    """Raises NoGradientError unless a value computed from the pixels has a gradient to them."""
+    if not values.requires_grad:
+        raise NoGradientError(
+            "Gradient attacks cannot see through this network: what it returns has no gradient to the pixels; attack "
+            "it without gradients, by clat evaluate --tier blackbox (Square)."
+        )
 
 
 @contextmanager

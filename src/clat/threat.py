@@ -1,9 +1,7 @@
 """The threat model, and the one inner maximisation that every attack of this library runs."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -12,25 +10,13 @@ from torch import Tensor, nn
 
 from clat.batchnorm import fixed_norms
 from clat.errors import InputError
-from clat.inputs import check_fields, check_least, shown
-from clat.network import Cost, Images, Labels, check_images, held, logits, whole_labels
+from clat.inputs import check_fields, check_least, fraction
+from clat.network import Cost, Images, Labels, check_gradient, check_images, held, logits, per_image, whole_labels
 
 Lp = Literal["linf", "l2"]  # the norm of a ball
 Keep = Literal["last", "best"]  # of an ascent: the last iterate or, image by image, the one with the highest cost
 
 GAUSSIAN_START = 0.001  # standard deviation of the "gaussian" start, after TRADES
-
-
-def fraction(value: float | str) -> float:
-    """A number given as a number or as text such as ``8/255``. Raises InputError if it is neither."""
-    try:
-        # Not all by Fraction, which writes 1e999999999 out.
-        number = float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number) or isinstance(value, bool):
-        raise InputError(f"{shown(value)} is not a number; write it like 0.03 or 8/255.")
-    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,24 +90,6 @@ class Threat:
             return x_adv + step * gradient.sign()
         length = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-30)
         return x_adv + gradient * per_image(step / length, gradient)
-
-
-class NoGradientError(InputError):
-    """The network's output has no gradient to the pixels."""
-
-
-def check_gradient(values: Tensor) -> None:
-    """Raises NoGradientError unless a value computed from the pixels has a gradient to them."""
-    if not values.requires_grad:
-        raise NoGradientError(
-            "Gradient attacks cannot see through this network: what it returns has no gradient to the pixels; attack "
-            "it without gradients, by clat evaluate --tier blackbox (Square)."
-        )
-
-
-def per_image(values: Tensor, like: Images) -> Tensor:
-    """Reshapes (batch,) to broadcast against (batch, ...)."""
-    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def ascend(

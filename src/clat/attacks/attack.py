@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from clat.errors import InputError
-from clat.network import Images, Labels, logits
-from clat.threat import Threat, check_gradient
+from clat.network import Images, Labels, check_gradient, logits
+from clat.threat import Threat
 
 Perturb = Callable[[nn.Module, Images, Labels], Images]
 

@@ -11,9 +11,9 @@ from clat.attacks.pgd import pgd_threat
 from clat.data.dataset import Dataset, to_unit
 from clat.errors import InputError
 from clat.features import At, feature_distance
-from clat.layers import named_layers
-from clat.network import Images, Labels
-from clat.threat import Lp, Threat, ascend, per_image
+from clat.layer_names import named_layers
+from clat.network import Images, Labels, per_image
+from clat.threat import Lp, Threat, ascend
 
 
 def through_layers(

@@ -13,7 +13,7 @@ from rich.text import Text
 from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import layer_rows, layer_table, percent
-from clat.criticality import layer_criticality, ranked
+from clat.criticality import layer_criticality
 from clat.data.dataset import Dataset, to_unit
 from clat.data.loading import load_data
 from clat.evaluation.accuracy import Result
@@ -27,6 +27,7 @@ from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
 from clat.tuners import Critical
+from clat.tuners.order import ranked
 
 WIDTH = 8  # channels of the first stage of ResNet-18
 EVALUATION = pgd_threat("16/255", 20)

@@ -17,11 +17,10 @@ from clat.data.dataset import Dataset, trained_on
 from clat.data.loading import OPTIONS, load_data
 from clat.errors import InputError
 from clat.files import write_text
-from clat.inputs import named
+from clat.inputs import fraction, named
 from clat.models import MODELS, build_model, takes_statistics
 from clat.models.importing import import_weights
 from clat.text import plain
-from clat.threat import fraction
 
 ELSEWHERE = ("timm/", "torchvision/", "transformers/")  # networks of other libraries
 

@@ -11,16 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from clat.attacks import Attack
-from clat.criticality import LayerScore, ranked
+from clat.criticality import LayerScore
 from clat.evaluation.accuracy import Accuracy, Result
 from clat.evaluation.sweep import Curve, Point
 from clat.evaluation.transfer import Transfer
 from clat.evaluation.trust import Verdict
-from clat.layers import WRAPPER
+from clat.layer_names import WRAPPER
 from clat.text import plain
 from clat.threat import Threat
 from clat.training.integrity import LayerStatus
 from clat.training.runs import Run
+from clat.tuners.order import ranked
 
 NARROWEST = 16  # columns that a name is folded to at most
 

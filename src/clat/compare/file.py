@@ -9,9 +9,8 @@ from clat.compare.recipes import resolved
 from clat.compare.schema import check_model, entries_of, mapping, whole_list
 from clat.errors import InputError
 from clat.files import parse_yaml, read_text
-from clat.inputs import nearest, shown
+from clat.inputs import fraction, nearest, shown
 from clat.text import plain
-from clat.threat import fraction
 from clat.training.recipe_files import laid_over, recipe_path
 
 BASE = "base"  # the name that arms call the base by

@@ -7,8 +7,8 @@ from torch import nn
 
 from clat.compute import placed
 from clat.data.dataset import Dataset, to_unit
-from clat.network import Images, Labels, class_scores
-from clat.threat import NoGradientError, Threat, attack_output
+from clat.network import Images, Labels, NoGradientError, class_scores
+from clat.threat import Threat, attack_output
 
 
 def pass_seconds(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clat.compute import bears_channels_last
+from clat.compute import works_in_channels_last
 from clat.errors import InputError
 from clat.models.bridges import from_factory, from_timm, from_torchvision
 from clat.models.densenet import dn121
@@ -134,7 +134,7 @@ def _network(name: str, classes: int, channels: int, options: dict[str, Any]) ->
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"Model {name} does not take these options: {error}.") from error
-    return network.to(memory_format=torch.channels_last) if bears_channels_last(network) else network
+    return network.to(memory_format=torch.channels_last) if works_in_channels_last(network) else network
 
 
 def takes_statistics(name: str, options: Mapping[str, Any]) -> bool:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from clat.errors import InputError
 from clat.features import At, Between, compare, feature_distance, l2, lengths, record
-from clat.inputs import check_fields
+from clat.inputs import check_fields, check_least
 from clat.layers import trace, trained_layers
-from clat.network import Images, Labels, logits
-from clat.objectives.base import Objective
+from clat.network import Images, Labels
+from clat.objectives.base import Objective, check_start
 from clat.objectives.latent import Latent
+from clat.objectives.taught import Taught
 from clat.threat import Threat, ascend, attack_output
 
 Distance = Literal["l2", "mean", "relative"]
@@ -51,10 +52,7 @@ class Clat(Objective):
 
     def __post_init__(self) -> None:
         check_fields(self, "clat.")
-        if self.weight < 0:
-            raise InputError(f"clat.weight is {self.weight}; lambda of Eq. 9 must be 0 or more.")
-        if self.teacher < 0:
-            raise InputError(f"clat.teacher is {self.teacher}; the weight of the teacher must be 0 or more.")
+        check_least(0.0, prefix="clat.", weight=self.weight, teacher=self.teacher)
         if not self.temperature > 0:
             raise InputError(f"clat.temperature is {self.temperature}; it must be above 0.")
         if self.teacher and self.attack == "latent":
@@ -73,7 +71,7 @@ class Clat(Objective):
         if self.attack == "latent":
             between = self._distance
             return Latent(weight=self.weight, cross_entropy=self.cross_entropy, between=between, at=self.at)
-        return self if start is None else _Taught(self, start)
+        return self if start is None else Taught(self, start)
 
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         """The inner maximisation of Eq. 8: the network runs only as far as its deepest selected layer."""
@@ -81,11 +79,7 @@ class Clat(Objective):
             raise InputError("clat.attack latent carries its perturbation to the loss; call begin() first.")
         if self.attack == "label":
             return attack_output(model, x, y, threat)
-        if threat.start == "zero":
-            raise InputError(
-                "threat.start is zero, where the feature distance has no gradient; set it to uniform, or clat.attack "
-                "to label."
-            )
+        check_start(threat, self.name)
         selected = self._selected(model)
         calls = sum(call.name in selected for call in trace(model, x[:1]))
         cost = feature_distance(model, x, selected, self._distance, at=self.at, mode=threat.mode, calls=calls)
@@ -129,26 +123,3 @@ class Clat(Objective):
         if self.distance == "relative":
             return distance / lengths(clean).clamp_min(torch.finfo(torch.float32).tiny)
         return distance
-
-
-class _Taught(Objective):
-    """Clat in a run whose start is known: the start teaches the network its own outputs."""
-
-    def __init__(self, clat: Clat, start: nn.Module) -> None:
-        self.clat, self.start = clat, start
-
-    def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
-        return self.clat.perturb(model, x, y, threat)
-
-    def loss(self, model: nn.Module, x: Images, x_adv: Images, y: Labels) -> dict[str, Tensor]:
-        """Clat's terms and the teacher's: weight x T^2 KL(start's softmax at T, the network's), as Hinton et al."""
-        terms, scored = self.clat.terms(model, x, x_adv, y)
-        divergence = torch.stack([self._divergence(z, scores) for z, scores in scored]).mean()
-        return {**terms, "teacher": self.clat.teacher * divergence}
-
-    def _divergence(self, x: Images, scores: Tensor) -> Tensor:
-        temperature = self.clat.temperature
-        with torch.no_grad():
-            wanted = torch.softmax(logits(self.start(x)) / temperature, dim=1)
-        found = torch.log_softmax(scores / temperature, dim=1)
-        return temperature**2 * F.kl_div(found, wanted, reduction="batchmean")

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from clat.errors import InputError
 from clat.features import lengths
 from clat.inputs import check_fields
-from clat.network import Images, Labels, logits
+from clat.network import Images, Labels, logits, per_image
 from clat.objectives.base import Objective, check_one_step
-from clat.threat import Threat, attack_output, per_image
+from clat.threat import Threat, attack_output
 
 
 @dataclass(frozen=True, kw_only=True)

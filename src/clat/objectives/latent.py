@@ -12,9 +12,9 @@ from clat.behind import Front, behind, front_of, watched
 from clat.errors import InputError
 from clat.features import At, compare, lengths, record
 from clat.layers import trace, trained_layers
-from clat.network import Images, Labels, eager, held, logits
+from clat.network import Images, Labels, eager, held, logits, per_image
 from clat.objectives.base import Objective
-from clat.threat import Threat, ascend, attack_output, per_image
+from clat.threat import Threat, ascend, attack_output
 
 
 @dataclass(frozen=True, kw_only=True)

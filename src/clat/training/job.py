@@ -3,16 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from clat.data.dataset import Dataset
+from clat.errors import InputError
 from clat.text import plain
 from clat.training.averaging import Averaged
 from clat.training.batches import RunImages, run_images
 from clat.training.method import Method
+from clat.training.optimizer import learning_rate
 from clat.training.processes import Processes
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
@@ -45,6 +49,36 @@ class Job:
         """Prints a line under the progress bar's place. Nothing in it is markup: names come from files."""
         self.console.print(f"  {text}", markup=False, highlight=False)
 
+    def report(self, entry: dict[str, Any]) -> None:
+        """Prints an epoch's line."""
+        self.say(
+            f"epoch {entry['epoch']}/{self.recipe.epochs}: loss {entry['loss']:.3f}, validation clean "
+            f"{100 * entry['clean']:.1f} %, robust {100 * entry['robust']:.1f} %, {entry['seconds']:.0f} s"
+        )
+
+    def rate(self, epoch: int, step: int = 0) -> float:
+        """The learning rate of a step."""
+        selected = self.method.selection.epoch if self.method.selection else 1
+        return learning_rate(self.recipe, epoch, step, self.images.steps, selected)
+
+    def average_buffers(self) -> None:
+        """BatchNorm's statistics, which each process moved by its own images, become one again."""
+        if self.method.selection is not None:
+            moving = self.method.selection.moving_buffers(self.model)
+            for held in (dict(self.model.named_buffers()), self.averaged.tensors):
+                self.processes.average_buffers(held, moving)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Compiles the network if the recipe says so. Afterwards it is as its tuner leaves it, and not compiled."""
+        if self.recipe.compile:
+            self.model.compile()
+        try:
+            yield
+        finally:
+            self.method.tuner.undo(self.model)
+            self.model._compiled_call_impl = None
+
 
 def prepared(
     recipe: Recipe, model: nn.Module, data: Dataset, processes: Processes, run: Run, console: Console, workers: int
@@ -52,8 +86,10 @@ def prepared(
     """The parts of a run. Says what was assumed of its extra images.
 
     Raises:
-        InputError: images that do not fit each other or the recipe
+        InputError: images that do not fit each other or the recipe, or a wrapper around the network
     """
+    if isinstance(model, DistributedDataParallel):
+        raise InputError("Give train the network itself, without DistributedDataParallel; it averages the gradients.")
     job = Job(
         recipe=recipe,
         method=Method(

@@ -18,14 +18,14 @@ from clat.checkpoint import load_weights
 from clat.compute import seeded
 from clat.data.arrays import as_dataset
 from clat.data.dataset import Dataset
-from clat.errors import InputError
 from clat.evaluation.fits import check_fits
+from clat.inputs import check_least
 from clat.network import snapshot
 from clat.text import plain
 from clat.training.claims import claim
 from clat.training.health import check_attack, check_finite, check_learning
 from clat.training.job import Job, prepared, progress_bar
-from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from clat.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from clat.training.placement import as_begun, lent, settled
 from clat.training.processes import seed_of, started
 from clat.training.recipe import Recipe
@@ -71,8 +71,7 @@ def train(
         IntegrityError: a frozen tensor changed or a selected one did not
     """
     data = as_dataset(data)
-    if type(workers) is not int or workers < 0:
-        raise InputError(f"workers is {workers!r}; it must be 0 or more.")
+    check_least(0, workers=workers)
     processes, run = started(device), Run(Path(out))
     speaks = console if console and processes.first else Console(quiet=True)
     with ExitStack() as claims:
@@ -94,13 +93,8 @@ def _fit(job: Job, data: Dataset, resuming: bool, origin: str | None) -> None:
     start = snapshot(job.model)
     if resuming:
         check_same_start(job, start)
-    if job.recipe.compile:
-        job.model.compile()
-    try:
+    with job.running():
         metrics, overfitted = _epochs(job, data, resuming, origin)
-    finally:
-        job.method.tuner.undo(job.model)
-        job.model._compiled_call_impl = None
     load_weights(job.run.last, job.model)  # if the last epoch was dropped, the one before
     write_result(job, metrics, overfitted, end_best(job, start, metrics))
 
@@ -122,11 +116,11 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
             losses, first_batch = _epoch(job, epoch, optimizer, progress)
             method.verify()
             seconds = time.perf_counter() - began
-            entry = validate(job, epoch, losses, first_batch, _rate(job, epoch), seconds)
+            entry = validate(job, epoch, losses, first_batch, job.rate(epoch), seconds)
             if overfits(job, metrics, entry):
                 return metrics, epoch
             metrics = [*metrics, entry]
-            _report(job, entry)
+            job.report(entry)
             commit(job, optimizer, metrics, selections)
             check_learning(metrics, len(data.classes), recipe)
     return metrics, None
@@ -166,7 +160,7 @@ def _epoch(
     progress(epoch, 0)
     for step, batch in enumerate(job.images.batches(epoch)):
         x, y = batch.x, batch.y
-        set_rate(optimizer, recipe, _rate(job, epoch, step))
+        set_rate(optimizer, recipe, job.rate(epoch, step))
         for _ in range(replays):
             x_adv = method.attack(x, y, threat=job.images.threat(batch))
             job.images.keep(batch, x_adv)
@@ -182,26 +176,5 @@ def _epoch(
         if step % 20 == 0 or last:
             check_finite(totals["loss"], recipe, epoch, step)
         progress(epoch, 1)
-    _average_buffers(job)
+    job.average_buffers()
     return {name: total.item() / (steps * replays) for name, total in totals.items()}, first_batch
-
-
-def _average_buffers(job: Job) -> None:
-    """BatchNorm's statistics, which each process moved by its own images, become one again."""
-    if job.method.selection is not None:
-        moving = job.method.selection.moving_buffers(job.model)
-        for held in (dict(job.model.named_buffers()), job.averaged.tensors):
-            job.processes.average_buffers(held, moving)
-
-
-def _rate(job: Job, epoch: int, step: int = 0) -> float:
-    """The learning rate of a step."""
-    selected = job.method.selection.epoch if job.method.selection else 1
-    return learning_rate(job.recipe, epoch, step, job.images.steps, selected)
-
-
-def _report(job: Job, entry: dict[str, Any]) -> None:
-    job.say(
-        f"epoch {entry['epoch']}/{job.recipe.epochs}: loss {entry['loss']:.3f}, validation clean "
-        f"{100 * entry['clean']:.1f} %, robust {100 * entry['robust']:.1f} %, {entry['seconds']:.0f} s"
-    )

@@ -33,7 +33,7 @@ from clat.text import plain
 from clat.training import contents
 from clat.tuners.selection import Selection
 
-COPY = "put it back from a copy, or train the run anew"
+COPY = "put it back from a copy, or train the run again"
 
 Content = TypeVar("Content")
 
@@ -107,7 +107,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         return self._read(
-            "result.json", contents.read_result, "give the run's command again with --resume, which writes it anew"
+            "result.json", contents.read_result, "give the run's command again with --resume, which writes it again"
         )
 
     def progress(self) -> tuple[list[dict[str, Any]], list[Selection]]:

@@ -246,12 +246,12 @@ def _mend(job: Job, metrics: Sequence[Metrics]) -> None:
         if best != last:
             raise run.unusable(run.best.name, f"{why}, and epoch {best} is the best by metrics.jsonl")
         _save_averaged(job, run.best, metrics[-1])
-        job.say(f"best.safetensors {why}; written anew from epoch {best}")
+        job.say(f"best.safetensors {why}; written again from epoch {best}")
     if last == job.recipe.epochs:
         try:
             _ = run.result
         except InputError:
-            job.say("result.json is missing or damaged; written anew from metrics.jsonl")
+            job.say("result.json is missing or damaged; written again from metrics.jsonl")
 
 
 def _held(run: Run, path: Path) -> tuple[int | None, str]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from clat.data.crops import Crops
-from clat.network import Images
-from clat.threat import Threat, per_image
+from clat.network import Images, per_image
+from clat.threat import Threat
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,24 +6,17 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, Norm, check_k, layer_count, ranked
+from clat.criticality import LayerScore, Norm
 from clat.errors import InputError
 from clat.features import At
-from clat.inputs import check_fields
-from clat.layers import named_layers, trace
+from clat.inputs import check_fields, check_k
+from clat.layers import trace
 from clat.network import Images, Labels
 from clat.threat import Threat, attack_output
 from clat.tuners.base import Batch, Tuner
-from clat.tuners.rankings import Attacked, Order, Ranking, rank_layers
-from clat.tuners.selection import (
-    Selection,
-    frozen_before,
-    moving_norms,
-    parameters_of,
-    selectable,
-    weights_of,
-    with_tied,
-)
+from clat.tuners.order import layer_count, ranked
+from clat.tuners.rankings import Attacked, Order, rank_layers
+from clat.tuners.selection import Selection, listed, moving_norms, parameters_of, selectable, with_tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +70,7 @@ class Critical(Tuner):
         check_k(self.k, "critical.k")
 
     def unseen(self) -> int:
-        return self.batch if self._measure() == "alignment" else 0
+        return self.batch if self.ranking == "alignment" and not self.layers else 0
 
     def select(
         self,
@@ -95,13 +88,13 @@ class Critical(Tuner):
         Raises:
             InputError: more layers than can be selected, or a batch that is none
         """
-        measure = self._measure()
         attacked = Attacked(x, attack_output(model, x, y, threat), y)
         other = None
-        if unseen is not None and measure == "alignment":
+        if unseen is not None and self.unseen():
             other = Attacked(unseen[0], attack_output(model, *unseen, threat), unseen[1])
+        measure = "criticality" if self.layers else self.ranking
         scores = rank_layers(model, attacked, measure, unseen=other, norm=self.norm, at=self.at)
-        selected = self._listed(model, x) if self.layers else self._top(model, scores, seed + epoch)
+        selected = listed(model, x, self.layers) if self.layers else self._top(model, scores, seed + epoch)
         chosen = with_tied(model, selected, (score.name for score in scores))
         own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}
         trained = [*chosen, *sorted(own)] if self.norm_affine else chosen
@@ -112,24 +105,6 @@ class Critical(Tuner):
             training=moving_norms(model, self.norm_statistics, own),
             scores=tuple(scores),
         )
-
-    def _measure(self) -> Ranking:
-        """The measure of the layers; criticality if they are listed, random or the lowest."""
-        if self.layers or self.ranking == "random" or self.ranking == "lowest":
-            return "criticality"
-        return self.ranking
-
-    def _listed(self, model: nn.Module, x: Images) -> list[str]:
-        """The layers named by the recipe. Raises InputError if the network has no such layer, or has it frozen."""
-        names = list(named_layers(model, x, self.layers))
-        frozen = frozen_before(model)
-        for name in names:
-            if weights_of(model, name) & frozen:
-                raise InputError(
-                    f"critical.layers names {name}, which is frozen (requires_grad is False); call "
-                    "requires_grad_(True) on it, or leave it out."
-                )
-        return names
 
     def _top(self, model: nn.Module, scores: list[LayerScore], seed: int) -> list[str]:
         """The first k layers of the ranking."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from clat.criticality import LayerScore, Norm, layer_criticality
 from clat.errors import InputError
-from clat.features import At, spliced
+from clat.features import At
 from clat.layers import trace
-from clat.network import Images, Labels, eager, held, logits
+from clat.network import Images, Labels, by_image, eager, first_tensor, held, hooked, logits
 
 Ranking = Literal["criticality", "relative", "loss", "alignment", "gradient"]
 Order = Literal[Ranking, "random", "lowest"]  # with the controls, which rank by nothing and by the least criticality
@@ -32,7 +32,7 @@ class Attacked:
 def rank_layers(
     model: nn.Module,
     batch: Attacked,
-    ranking: Ranking = "criticality",
+    ranking: Order = "criticality",
     *,
     unseen: Attacked | None = None,
     norm: Norm = "paper",
@@ -59,7 +59,7 @@ def rank_layers(
         InputError: as ``criticality``; alignment without ``unseen``; a measure that is not finite
     """
     scores = layer_criticality(model, batch.x, batch.x_adv, norm=norm, at=at)
-    if ranking == "criticality":
+    if ranking in ("criticality", "random", "lowest"):  # the controls show it too
         return scores
     if ranking == "relative":
         shares = layer_criticality(model, batch.x, batch.x_adv, norm="relative", at=at)
@@ -87,8 +87,33 @@ def _rises(model: nn.Module, batch: Attacked) -> list[float]:
     modules = {call.name: call.module for call in calls}
     with held(model), torch.no_grad():
         clean = F.cross_entropy(logits(eager(model, batch.x)), batch.y)
-        replaced = [spliced(model, batch.x, batch.x_adv, modules, number) for number in range(len(calls))]
+        replaced = [_spliced(model, batch.x, batch.x_adv, modules, number) for number in range(len(calls))]
         return [(F.cross_entropy(scores, batch.y) - clean).item() for scores in replaced]
+
+
+def _spliced(model: nn.Module, x: Images, x_adv: Images, modules: Mapping[str, nn.Module], number: int) -> Tensor:
+    """The class scores (batch, classes) of x if one call of the modules gave for x what it gives for x_adv.
+
+    Both run as one batch, so a layer must not mix images: run the network in eval mode.
+
+    Args:
+        number: the call, counted from 0 in execution order over all modules
+    """
+    seen = 0
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen != number + 1:
+            return output
+        feature = first_tensor(output)
+        changed = feature.clone()
+        rows = by_image(changed, images=2 * len(x), module=module)
+        rows[: len(x)] = rows[len(x) :]
+        return changed if output is feature else (changed, *output[1:])  # attention returns its weights too
+
+    with hooked([module.register_forward_hook(hook) for module in modules.values()]):
+        return logits(eager(model, torch.cat([x, x_adv])))[: len(x)]
 
 
 def _alignments(model: nn.Module, batch: Attacked, unseen: Attacked, scores: list[LayerScore]) -> list[float]:

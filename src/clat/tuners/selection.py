@@ -1,7 +1,7 @@
 """Which parameters train, as a value: recorded in the run folder, applied to the network, checked after every epoch."""
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -10,7 +10,9 @@ from torch import nn
 
 from clat.criticality import LayerScore
 from clat.errors import InputError
+from clat.layer_names import named_layers
 from clat.layers import NORM_TYPES
+from clat.network import Images
 
 FROZEN = "_frozen_by_clat"  # of a module: names of its own parameters that a selection froze
 
@@ -126,6 +128,23 @@ def parameters_of(model: nn.Module, modules: Iterable[str]) -> tuple[str, ...]:
 def weights_of(model: nn.Module, layer: str) -> set[nn.Parameter]:
     """The weights of a layer, without its biases."""
     return {parameter for parameter in model.get_submodule(layer).parameters() if parameter.dim() > 1}
+
+
+def listed(model: nn.Module, x: Images, names: Sequence[str]) -> list[str]:
+    """The layers that a recipe names, as the network names them.
+
+    Raises:
+        InputError: the network has no such layer, or has it frozen
+    """
+    found = list(named_layers(model, x, names))
+    frozen = frozen_before(model)
+    for name in found:
+        if weights_of(model, name) & frozen:
+            raise InputError(
+                f"critical.layers names {name}, which is frozen (requires_grad is False); call "
+                "requires_grad_(True) on it, or leave it out."
+            )
+    return found
 
 
 def selectable(model: nn.Module, names: Iterable[str]) -> list[str]:

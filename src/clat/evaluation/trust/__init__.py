@@ -19,7 +19,8 @@ from clat.evaluation.trust.battery import CHECKS, NEEDED
 from clat.evaluation.trust.check import STATUSES, Check, Finding, Outcome, Skip
 from clat.evaluation.trust.subject import BATCH, Subject
 from clat.inputs import check_least
-from clat.layers import named_layers, trace
+from clat.layer_names import named_layers
+from clat.layers import trace
 from clat.threat import Lp
 
 IMAGES = 200

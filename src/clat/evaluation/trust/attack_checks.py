@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from clat.attacks import Attack, apgd_ce, apgd_targeted, square, square_takes, through_layers
-from clat.criticality import layer_criticality, top
+from clat.criticality import layer_criticality
 from clat.evaluation.trust.check import FORWARD, OURS, POINTS, Check, Outcome, Skip, grade, improbable
 from clat.evaluation.trust.subject import STEPS, Subject
-from clat.network import Images, Labels, logits
-from clat.threat import NoGradientError, Threat, attack_output
+from clat.network import Images, Labels, NoGradientError, logits
+from clat.threat import Threat, attack_output
+from clat.tuners.order import top
 
 DRAWS = 100  # of noise
 TARGETS = 3

@@ -14,8 +14,8 @@ from clat.attacks import Attack, pgd_threat
 from clat.attacks.features import cross_entropy, margin
 from clat.compute import seeded
 from clat.evaluation.cost import seconds_of_images
-from clat.network import Images, Labels, class_scores, held, logits, predict
-from clat.threat import Lp, NoGradientError, Threat, ascend, check_gradient, per_image
+from clat.network import Images, Labels, NoGradientError, check_gradient, class_scores, held, logits, per_image, predict
+from clat.threat import Lp, Threat, ascend
 
 BATCH = 100  # images that run together
 STEPS = 20  # of the attack that others are compared with
