@@ -186,6 +186,24 @@ def test_a_result_alone_goes_on_on_another_machine(whole, begun):
     assert after["one"]["weights"] == before["units"][1]["weights"]  # on one machine, the same bits
 
 
+def test_a_copy_of_a_checkpoint_is_started_from_where_its_run_is_gone(whole, begun, capsys):
+    before = result(whole)["units"][1]
+    starts = whole / "out/starts"
+    starts.mkdir()
+    shutil.copy(whole / "out/runs/one-0/best.safetensors", starts / "one-0-best.safetensors")
+    for folder in ("runs", "units"):
+        shutil.rmtree(whole / "out" / folder)
+    more = changed(arms={**TINY["arms"], "three": {"recipe": "pgd-at", "from": "one/best", "keys": {"lr": 0.02}}})
+    assert compare(whole, more) == 0
+    assert begun == ["three-0"]  # and neither the base nor one again
+    assert result(whole)["units"][-1]["start"] == before["weights"]["best"]
+    assert Run(whole / "out/runs/three-0").environment["from"] == str(starts / "one-0-best.safetensors")
+    shutil.move(starts / "one-0-best.safetensors", starts / "one-0-last.safetensors")
+    capsys.readouterr()
+    assert compare(whole, more) == 2
+    assert "one-0-last.safetensors is no checkpoint that result.json names" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_changed_evaluation_trains_nothing_again(whole, begun, monkeypatch):
     monkeypatch.setattr(unit_process, "main", lambda *_: pytest.fail("trained again"))
     assert compare(whole, changed(evaluation={**TINY["evaluation"], "of": "test"})) == 0

@@ -15,12 +15,11 @@ from clat.compare.images import Load, measured_on
 from clat.compare.plan import Comparison
 from clat.compare.result import Entry, read_entries, write_result
 from clat.compare.table import findings
-from clat.compare.unit import Unit, check_folder, fingerprints, identity, matches
+from clat.compare.unit import STARTS, Unit, check_folder, digest, fingerprints, identity, matches
 from clat.errors import InputError
 from clat.files import read_text, write_text
 from clat.text import plain
 from clat.training.claims import take_lock
-from clat.training.runs import Run
 
 POLL = 0.2  # seconds between two looks at the running units
 RESULT = "result.json"
@@ -80,7 +79,7 @@ class Progress:
             if unit.name in left or not self.done(unit):
                 left[unit.name] = unit
                 before = self.before(unit)
-                if before is not None and not unit.trained and not before.trained:
+                if before is not None and not unit.trained and not unit.can_start:
                     left[before.name] = before
         return [unit for unit in self.units() if unit.name in left]
 
@@ -89,6 +88,20 @@ class Progress:
         for path in (self.out / RESULT, *sorted((self.out / "units").glob("*.json"))):
             for entry in read_entries(path):
                 self.entries[_name(entry)] = entry
+
+    def check_starts(self) -> None:
+        """Raises InputError unless each file in starts/ is a checkpoint that the result names."""
+        known = {
+            f"{name}-{checkpoint}": weights
+            for name, entry in self.entries.items()
+            for checkpoint, weights in entry["weights"].items()
+        }
+        for path in sorted((self.out / STARTS).glob("*")):
+            if path.suffix != ".safetensors" or known.get(path.stem) != digest(fingerprints(path)):
+                raise InputError(
+                    f"{plain(path)} is no checkpoint that {RESULT} names, such as base-0-best.safetensors with the "
+                    "weights of that unit; remove it, or bring the result that it belongs to."
+                )
 
     def finished(self) -> list[Entry]:
         """The entries that belong to the comparison, those of arms and seeds that this call leaves out among them."""
@@ -142,6 +155,7 @@ def begin(
     wanted = [identity(each, measured_on(comparison, each, load)) for each in comparison.evaluations]
     progress = Progress(comparison, out, load("train").digest(), wanted, names)
     progress.read()
+    progress.check_starts()
     for unit in progress.units():
         if unit.run.exists:
             check_folder(unit, progress.data, start_of(unit, build))
@@ -153,8 +167,7 @@ def start_of(unit: Unit, build: Callable[[str], nn.Module]) -> dict[str, str] | 
     if unit.origin is None:
         torch.manual_seed(unit.seed)
         return fingerprints(build(unit.arm.model))
-    there = unit.origin.is_file() and Run(unit.origin.parent).finished
-    return fingerprints(unit.origin) if there else None
+    return fingerprints(unit.origin) if unit.can_start and unit.origin.is_file() else None
 
 
 def carry_out(
@@ -205,7 +218,7 @@ def _may_start(progress: Progress, unit: Unit, running: Mapping[str, object]) ->
     if unit.name in running or unit.name in progress.failed:
         return False
     before = progress.before(unit)
-    return before is None or unit.trained or (before.trained and before.name not in running)
+    return before is None or unit.trained or (unit.can_start and before.name not in running)
 
 
 def _end(progress: Progress, unit: Unit, code: int, seconds: float, say: Callable[[str], object]) -> None:

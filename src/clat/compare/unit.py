@@ -29,6 +29,7 @@ from clat.text import plain
 from clat.training.runs import Run
 
 DIGITS = 5  # of the curves
+STARTS = "starts"  # in a comparison's folder: ARM-SEED-CHECKPOINT.safetensors
 
 # Seconds and losses are of one machine; what is compared is in the other keys.
 _ENVIRONMENT = ("commit", "python", "packages", "platform", "processor", "cores", "threads", "device")
@@ -64,10 +65,25 @@ class Unit:
 
     @property
     def origin(self) -> Path | None:
-        """The checkpoint that it starts from; None from random weights."""
+        """The checkpoint that it starts from; None from random weights.
+
+        It is in a finished run folder, or else in starts/, which may hold copies of those that the result names.
+        """
         if self.arm.start is None:
             return None
-        return self.out / "runs" / f"{self.arm.start}-{self.seed}" / f"{self.arm.checkpoint}.safetensors"
+        name = f"{self.arm.start}-{self.seed}"
+        made, copy = Run(self.out / "runs" / name), self.out / STARTS / f"{name}-{self.arm.checkpoint}.safetensors"
+        finished = made.exists and made.finished
+        return copy if copy.is_file() and not finished else made.folder / f"{self.arm.checkpoint}.safetensors"
+
+    @property
+    def can_start(self) -> bool:
+        """Whether the weights that it starts from are there."""
+        origin = self.origin
+        if origin is None or origin.parent.name == STARTS:
+            return True
+        before = Run(origin.parent)
+        return before.exists and before.finished
 
     @property
     def trained(self) -> bool:
