@@ -198,10 +198,10 @@ def test_a_copy_of_a_checkpoint_is_started_from_where_its_run_is_gone(whole, beg
     assert begun == ["three-0"]  # and neither the base nor one again
     assert result(whole)["units"][-1]["start"] == before["weights"]["best"]
     assert Run(whole / "out/runs/three-0").environment["from"] == str(starts / "one-0-best.safetensors")
-    shutil.move(starts / "one-0-best.safetensors", starts / "one-0-last.safetensors")
+    shutil.move(starts / "one-0-best.safetensors", starts / "base-0-best.safetensors")
     capsys.readouterr()
     assert compare(whole, more) == 2
-    assert "one-0-last.safetensors is no checkpoint that result.json names" in " ".join(capsys.readouterr().err.split())
+    assert "base-0-best.safetensors is no checkpoint that result.json names" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_changed_evaluation_trains_nothing_again(whole, begun, monkeypatch):
