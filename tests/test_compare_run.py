@@ -201,7 +201,9 @@ def test_a_copy_of_a_checkpoint_is_started_from_where_its_run_is_gone(whole, beg
     shutil.move(starts / "one-0-best.safetensors", starts / "base-0-best.safetensors")
     capsys.readouterr()
     assert compare(whole, more) == 2
-    assert "base-0-best.safetensors is no checkpoint that result.json names" in " ".join(capsys.readouterr().err.split())
+    assert "base-0-best.safetensors is no checkpoint that result.json names" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_changed_evaluation_trains_nothing_again(whole, begun, monkeypatch):
@@ -399,3 +401,25 @@ def _free(run: Path) -> bool:
         except BlockingIOError:
             return False
     return True
+
+
+@pytest.mark.usefixtures("begun")
+def test_layers_trained_alone_are_set_beside_the_rankings(tmp_path):
+    alone = {
+        name: {"recipe": "pgd-at", "from": "base/last", "at": ["last"],
+               "keys": {"tuner": "critical", "lr": 0.3, "critical": {"layers": [layer]}}}
+        for name, layer in (("a", "conv1"), ("b", "layer2.0.conv1"), ("c", "layer4.1.conv2"), ("d", "linear"))
+    }  # fmt: skip
+    by = {"recipe": "clat", "from": "base/last", "at": ["last"], "keys": {"critical": {"ranking": "relative"}}}
+    assert compare(tmp_path, changed(arms={**alone, "by-relative": by}, contrasts=[])) == 0
+    page = (tmp_path / "out/table.md").read_text()
+    units = {entry["arm"]: entry for entry in result(tmp_path)["units"]}
+    measured = units["by-relative"]["selected"][0]["measured"]
+    (selection,) = Run(tmp_path / "out/runs/by-relative-0").selections
+    assert measured == pytest.approx({score.name: score.criticality for score in selection.scores}, rel=1e-4)
+    robust = {name: entry["evaluations"][0]["robust"] for name, entry in units.items()}
+    images = units["a"]["evaluations"][0]["evaluation"]["images"]
+    for name in "abcd":
+        (layer,) = units[name]["selected"][0]["layers"]
+        assert f"| `{layer}` | {100 * (robust[name] - robust['base']) / images:+.1f} |" in page
+    assert "| by-relative | " in page

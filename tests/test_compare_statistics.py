@@ -1,6 +1,7 @@
 """The statistics of a comparison: by hand, on planted differences, and on arms that differ in nothing."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from clat.compare.statistics import (
     pack,
     paired_difference,
     power,
+    rank_correlation,
     simulated,
     unpack,
 )
@@ -182,3 +184,19 @@ def test_arms_that_cannot_be_paired_are_refused(a, b):
 def test_impossible_plans_are_refused(difference, disagreement, shared):
     with pytest.raises(InputError, match="cannot differ"):
         power(difference, 100, 2, disagreement, shared=shared)
+
+
+def test_a_rank_correlation_is_that_of_the_book():
+    """By hand: ranks 1 2 3 4 5 and 2 1 4 3 5 differ by 1 four times, so rho = 1 - 6 * 4 / (5 * 24) = 0.8."""
+    first, second = np.array([10.0, 20, 30, 40, 50]), np.array([0.2, 0.1, 7, 3, 9])
+    found = rank_correlation([(first, second)])
+    assert found.mean == pytest.approx(0.8)
+    exact = [abs(1 - 6 * sum((a - b) ** 2 for a, b in enumerate(order)) / 120) for order in permutations(range(5))]
+    assert found.p == pytest.approx(np.mean(np.array(exact) >= 0.8 - 1e-9), abs=0.02)
+    both = rank_correlation([(first, second), (first, -second)])
+    assert both.mean == pytest.approx(0)
+    assert both.p == 1
+    ties = rank_correlation([(np.array([1.0, 1, 2]), np.array([5.0, 5, 9]))])
+    assert ties.mean == pytest.approx(1)
+    with pytest.raises(InputError, match="the same layers"):
+        rank_correlation([(first, second[:4])])

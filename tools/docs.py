@@ -24,6 +24,7 @@ import page  # noqa: E402 (found in bench/)
 from clat import build_model  # noqa: E402
 from clat.cli.tables import percent  # noqa: E402
 from clat.compare.file import load_comparison  # noqa: E402
+from clat.compare.response import layers_alone  # noqa: E402
 from clat.compare.result import read_entries  # noqa: E402
 from clat.compare.table import markdown  # noqa: E402
 from clat.evaluation.accuracy import Accuracy  # noqa: E402
@@ -211,7 +212,8 @@ def needed_checks() -> Lines:
 def comparison(name: str) -> Lines:
     """What a comparison found, from the result that `clat compare` wrote."""
     asked = load_comparison(str(ROOT / f"comparisons/{name}.yaml"))
-    text = markdown(asked, read_entries(ROOT / f"results/{name}.json"))
+    entries = read_entries(ROOT / f"results/{name}.json")
+    text = markdown(asked, entries, layers_alone(asked, entries))
     return ["", *text.removeprefix("# ").rstrip("\n").split("\n"), ""]
 
 

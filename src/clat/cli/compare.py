@@ -18,6 +18,7 @@ from clat.cli.unit import PLAN
 from clat.compare.estimate import HOW, pass_times, unit_seconds
 from clat.compare.file import load_comparison
 from clat.compare.plan import Comparison
+from clat.compare.response import layers_alone
 from clat.compare.run import RESULT, Progress, begin, carry_out, locked
 from clat.compare.table import columns, lines_of, markdown, measured_how, rows, verdicts
 from clat.compare.unit import Unit
@@ -166,7 +167,7 @@ def _report(progress: Progress) -> None:
         console.print(plain(first), highlight=False)
         for line in rest:
             console.print(plain(f"  {line}"), highlight=False, style="dim")
-    write_text(progress.out / "table.md", markdown(comparison, entries))
+    write_text(progress.out / "table.md", markdown(comparison, entries, layers_alone(comparison, entries)))
     draw_learning(entries, progress.out / "curves.png")
     files = f"{plain(progress.out / RESULT)}, table.md and curves.png"
     console.print(f"Written: {files}", highlight=False)

@@ -211,6 +211,50 @@ def contrasts(differences: Mapping[tuple[str, str], Difference]) -> list[Contras
     return [Contrast(*arms, found, p) for (arms, found), p in zip(differences.items(), corrected, strict=True)]
 
 
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rank correlation, the mean over seeds, and p: how often shuffled layers correlate as much."""
+
+    mean: float
+    p: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} (p {self.p:.2g})" if self.seeds else "not measured"
+
+
+def rank_correlation(
+    pairs: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], *, shuffles: int = RESAMPLES, seed: int = 0
+) -> RankCorrelation:
+    """How much two measures of the same layers agree on their order.
+
+    All seeds are shuffled alike, because a layer that differs from others does so with every seed.
+
+    Args:
+        pairs: for each seed two arrays (layers,), of the same layers in the same order for every seed
+    Raises:
+        InputError: arrays of different lengths
+    """
+    if not pairs:
+        return RankCorrelation(math.nan, math.nan, 0)
+    if len({len(values) for pair in pairs for values in pair}) > 1:
+        raise InputError("A rank correlation needs the same layers in both measures and with every seed.")
+    first, second = (np.stack([_standard_ranks(pair[side]) for pair in pairs]) for side in (0, 1))
+    found = float((first * second).sum(1).mean())
+    generator = np.random.default_rng(seed)
+    orders = (generator.permutation(first.shape[1]) for _ in range(shuffles))
+    beyond = sum(abs((first * second[:, order]).sum(1).mean()) >= abs(found) - 1e-12 for order in orders)
+    return RankCorrelation(found, (beyond + 1) / (shuffles + 1), len(pairs))
+
+
+def _standard_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks, of equal values their mean, moved and scaled so that the product of two is their correlation."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    ranks = ranks - ranks.mean()
+    return ranks / max(float(np.linalg.norm(ranks)), 1e-12)
+
+
 def power(
     difference: float,
     images: int,

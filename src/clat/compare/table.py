@@ -148,16 +148,21 @@ def lines_of(verdict: Verdict) -> list[str]:
     ]
 
 
-def markdown(comparison: Comparison, entries: Sequence[Entry]) -> str:
-    """The whole result as a page."""
+def markdown(comparison: Comparison, entries: Sequence[Entry], more: Sequence[str] = ()) -> str:
+    """The whole result as a page.
+
+    Args:
+        more: paragraphs that stand after the contrasts
+    """
     parts = [f"# {plain(comparison.question)}"]
     for evaluation in comparison.evaluations:
         parts.append(f"{measured_how(comparison, entries, evaluation)}. Percent; mean over seeds ± their spread.")
-        parts.append(_markdown_table(columns(comparison), rows(comparison, entries, evaluation)))
+        parts.append(markdown_table(columns(comparison), rows(comparison, entries, evaluation)))
     found = verdicts(comparison, entries)
     if found:
         parts.append("Contrasts, fixed beforehand: paired difference with its 95 % interval over images and seeds.")
         parts.append("\n".join(f"- {first}\n  - {second}" for first, second in map(lines_of, found)))
+    parts += more
     if comparison.printed:
         parts.append("As printed:")
         parts.append("\n".join(f"- {plain(row)}" for row in _flat(comparison.printed)))
@@ -179,6 +184,7 @@ def _flat(printed: Mapping[str, Any], before: str = "") -> list[str]:
     return found
 
 
-def _markdown_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     first, *others = [f"| {' | '.join(cells)} |" for cells in (headings, *body)]
     return "\n".join([first, "|" + "---|" * len(headings), *others])

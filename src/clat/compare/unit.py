@@ -27,6 +27,7 @@ from clat.files import write_text
 from clat.network import fingerprint, tensors
 from clat.text import plain
 from clat.training.runs import Run
+from clat.tuners.selection import Selection
 
 DIGITS = 5  # of the curves
 STARTS = "starts"  # in a comparison's folder: ARM-SEED-CHECKPOINT.safetensors
@@ -223,13 +224,19 @@ def _facts(unit: Unit) -> dict[str, Any]:
         "best": {key: result["best"][key] for key in ("epoch", "clean", "robust")},
         "trainable": result["trainable"],
         "parameters": result["parameters"],
-        "selected": [{"epoch": s.epoch, "layers": list(s.layers)} for s in run.selections if s.scores or s.layers],
+        "selected": [_selected(selection) for selection in run.selections if selection.scores or selection.layers],
         "seconds": result["seconds"],
         "validation_seconds": round(sum(entry["validation_seconds"] for entry in metrics), 3),
         "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in metrics),
         "curves": {key: [round(entry[key], DIGITS) for entry in metrics] for key in curves},
         "environment": {key: environment.get(key) for key in _ENVIRONMENT},
     }
+
+
+def _selected(selection: Selection) -> dict[str, Any]:
+    """The layers, and what was measured of each one when they were chosen."""
+    measured = {score.name: float(f"{score.criticality:.{DIGITS}g}") for score in selection.scores}
+    return {"epoch": selection.epoch, "layers": list(selection.layers), "measured": measured}
 
 
 def matches(entry: Entry, unit: Unit, data: str, start: Entry | None, wanted: Sequence[Mapping[str, Any]]) -> bool:

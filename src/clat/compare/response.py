@@ -1,0 +1,115 @@
+"""Which layer helps when it trains alone, and does a ranking tell beforehand?
+
+Arms that train one listed layer are compared with the checkpoint that they start from: the change is the layer's
+response. Arms from the same checkpoint that chose their layers by a ranking recorded what it measured of every layer.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clat.compare.plan import Arm, Comparison, Side
+from clat.compare.result import Entry
+from clat.compare.statistics import rank_correlation
+from clat.compare.table import MEASURES, markdown_table, outcomes
+from clat.text import plain
+
+BySeed = dict[int, dict[str, float]]  # seed -> layer -> value
+
+
+@dataclass(frozen=True)
+class Start:
+    """The layers that trained alone from one checkpoint.
+
+    Args:
+        side: the arm and the checkpoint
+        responses: of each measure, the change of the accuracy in points
+        rankings: by the name of the arm that chose by it, what it measured
+    """
+
+    side: Side
+    responses: Mapping[str, BySeed]
+    rankings: Mapping[str, BySeed]
+
+
+def starts(comparison: Comparison, entries: Sequence[Entry]) -> list[Start]:
+    """One for each checkpoint from which several layers trained alone; none in most comparisons."""
+    sides = dict.fromkeys(Side(arm.start, arm.checkpoint) for arm in comparison.arms if arm.start and _alone(arm))
+    found = []
+    for side in sides:
+        arms = [arm for arm in comparison.arms if (arm.start, arm.checkpoint) == (side.arm, side.checkpoint)]
+        responses = {measure: _responses(comparison, entries, side, arms, measure) for measure in MEASURES}
+        if any(len(layers) > 1 for layers in responses[MEASURES[0]].values()):
+            rankings = {arm.name: values for arm in arms if not _alone(arm) and (values := _measured(entries, arm))}
+            found.append(Start(side, responses, rankings))
+    return found
+
+
+def _alone(arm: Arm) -> bool:
+    """Whether the arm trains one layer that its recipe names."""
+    return len(arm.keys.get("critical", {}).get("layers", ())) == 1
+
+
+def _responses(
+    comparison: Comparison, entries: Sequence[Entry], side: Side, arms: Sequence[Arm], measure: str
+) -> BySeed:
+    before = outcomes(comparison, entries, side, measure)
+    found: BySeed = {}
+    for arm in filter(_alone, arms):
+        after = outcomes(comparison, entries, Side(arm.name, arm.evaluated[0]), measure)
+        layers = {entry["seed"]: entry["selected"][0]["layers"][0] for entry in entries if entry["arm"] == arm.name}
+        for seed in after.keys() & before.keys():
+            change = 100 * (after[seed].mean() - before[seed].mean())
+            found.setdefault(seed, {})[layers[seed]] = float(change)
+    return found
+
+
+def _measured(entries: Sequence[Entry], arm: Arm) -> BySeed:
+    own = (entry for entry in entries if entry["arm"] == arm.name and entry["selected"])
+    return {entry["seed"]: values for entry in own if (values := entry["selected"][0].get("measured"))}
+
+
+def _paired(first: BySeed, second: BySeed) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """The values of the layers that both have, seed by seed."""
+    for seed in sorted(first.keys() & second.keys()):
+        layers = [layer for layer in first[seed] if layer in second[seed]]
+        if len(layers) > 2:
+            yield np.array([first[seed][each] for each in layers]), np.array([second[seed][each] for each in layers])
+
+
+def layers_alone(comparison: Comparison, entries: Sequence[Entry]) -> list[str]:
+    """The responses of all starts as paragraphs of Markdown; none where no layers trained alone."""
+    return [paragraph for start in starts(comparison, entries) for paragraph in _paragraphs(start)]
+
+
+def _paragraphs(start: Start) -> list[str]:
+    """The responses, and how well each ranking tells them."""
+    name, robust = plain(start.side), start.responses["robust"]
+    seeds = sorted(robust)
+    layers = list(dict.fromkeys(layer for seed in seeds for layer in robust[seed]))
+    body = []
+    for layer in layers:
+        changes = ([each[seed].get(layer) for seed in seeds] for each in start.responses.values())
+        body.append([f"`{plain(layer)}`", *(_points(values) for values in changes)])
+    tables = [
+        f"Each layer trained alone from {name}: change in points, seed by seed ({', '.join(map(str, seeds))}).",
+        markdown_table(["layer", *start.responses], body),
+    ]
+    if len(seeds) > 1:
+        pair = [{0: robust[seed]} for seed in seeds[:2]]
+        found = rank_correlation(list(_paired(*pair)))
+        tables.append(f"Rank correlation of the robust response between the first two seeds: {found}.")
+    rows = []
+    for ranking, values in start.rankings.items():
+        cells = [str(rank_correlation(list(_paired(values, each)))) for each in start.responses.values()]
+        rows.append([plain(ranking), *cells])
+    if rows:
+        tables.append("Rank correlation (Spearman) of what each ranking measured before with the response after:")
+        tables.append(markdown_table(["ranking of", *start.responses], rows))
+    return tables
+
+
+def _points(values: Sequence[float | None]) -> str:
+    return ", ".join("" if value is None else f"{value:+.1f}" for value in values)
