@@ -59,6 +59,7 @@ def load_checkpoint(path: Path | str, model: nn.Module | None = None) -> tuple[n
     """
     path = checkpoint_path(path)
     header = load_header(path)
+    _check_whole(header.facts, path)
     if model is not None:
         network, target = _joined(model, header)
     else:
@@ -102,6 +103,15 @@ def _built(header: Header, path: Path) -> nn.Module:
     return model
 
 
+def _check_whole(facts: dict[str, Any], path: Path | str) -> None:
+    """Raises InputError if the file is an adapter, which holds only a part of a network."""
+    if "adapter" in facts:
+        raise InputError(
+            f"{plain(path)} is an adapter, which holds only what a run changed; make the whole network with clat "
+            f"adapter apply BASE {plain(path)} --out model.safetensors."
+        )
+
+
 def _check_shapes(outline: nn.Module, header: Header, path: Path) -> None:
     expected = {
         name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in outline.state_dict().items()
@@ -135,6 +145,7 @@ def _joined(model: nn.Module, header: Header) -> tuple[nn.Module, nn.Module]:
 def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
     """Reads a checkpoint's tensors into a network that has the same ones, and returns the facts stored with them."""
     tensors, facts = load_tensors(Path(path))
+    _check_whole(facts, path)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -145,30 +156,36 @@ def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def export_weights(source: Path | str | nn.Module, to: Path | str) -> None:
+def export_weights(source: Path | str | nn.Module, to: Path | str) -> dict[str, list[float]]:
     """Writes a network's weights by its own names, as a safetensors file that loads without clat.
 
     ``safetensors.torch.load_file(to)`` gives what the network's own ``load_state_dict`` takes. The mean and std by
     which clat normalises the pixels are not among the weights but in the file's metadata, as the JSON lists ``mean``
-    and ``std``: without clat, normalise the pixels by them.
+    and ``std``: without clat, normalise the pixels by them. Its entry ``model`` says how clat builds the network.
 
     Args:
         source: a checkpoint, a run folder (its best checkpoint) or a network
+    Returns:
+        mean and std, one number a channel; empty if clat does not normalise
     Raises:
         InputError: no checkpoint, or a place that cannot be written
     """
     if isinstance(source, nn.Module):
         tensors, wrapped = source.state_dict(), isinstance(source, Normalized)
+        spec = recorded(source.spec) if isinstance(source, Normalized) else None
     else:
-        tensors = load_tensors(checkpoint_path(source))[0]
-        wrapped = _is_wrapped(tensors)
-    metadata = {"format": "pt"}
+        path = checkpoint_path(source)
+        tensors, facts = load_tensors(path)
+        _check_whole(facts, path)
+        wrapped, spec = _is_wrapped(tensors), facts.get("model")
+    statistics = {key: tensors[key].flatten().tolist() for key in ("mean", "std")} if wrapped else {}
     if wrapped:
-        metadata |= {key: json.dumps(tensors[key].flatten().tolist()) for key in ("mean", "std")}
         tensors = _inside(tensors)
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    file = save(content, metadata)
+    metadata = {key: json.dumps(value) for key, value in {**statistics, "model": spec}.items() if value}
+    file = save(content, {"format": "pt", **metadata})
     write_atomically(Path(to), lambda temporary: temporary.write_bytes(file))
+    return statistics
 
 
 def _is_wrapped(names: Any) -> bool:
