@@ -59,7 +59,6 @@ def load_checkpoint(path: Path | str, model: nn.Module | None = None) -> tuple[n
     """
     path = checkpoint_path(path)
     header = load_header(path)
-    _check_whole(header.facts, path)
     if model is not None:
         network, target = _joined(model, header)
     else:
@@ -103,15 +102,6 @@ def _built(header: Header, path: Path) -> nn.Module:
     return model
 
 
-def _check_whole(facts: dict[str, Any], path: Path | str) -> None:
-    """Raises InputError if the file is an adapter, which holds only a part of a network."""
-    if "adapter" in facts:
-        raise InputError(
-            f"{plain(path)} is an adapter, which holds only what a run changed; make the whole network with clat "
-            f"adapter apply BASE {plain(path)} --out model.safetensors."
-        )
-
-
 def _check_shapes(outline: nn.Module, header: Header, path: Path) -> None:
     expected = {
         name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in outline.state_dict().items()
@@ -145,7 +135,6 @@ def _joined(model: nn.Module, header: Header) -> tuple[nn.Module, nn.Module]:
 def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
     """Reads a checkpoint's tensors into a network that has the same ones, and returns the facts stored with them."""
     tensors, facts = load_tensors(Path(path))
-    _check_whole(facts, path)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -175,9 +164,8 @@ def export_weights(source: Path | str | nn.Module, to: Path | str) -> dict[str, 
         spec = recorded(source.spec) if isinstance(source, Normalized) else None
     else:
         path = checkpoint_path(source)
-        tensors, facts = load_tensors(path)
-        _check_whole(facts, path)
-        wrapped, spec = _is_wrapped(tensors), facts.get("model")
+        spec, tensors = load_header(path).facts.get("model"), load_tensors(path)[0]
+        wrapped = _is_wrapped(tensors)
     statistics = {key: tensors[key].flatten().tolist() for key in ("mean", "std")} if wrapped else {}
     if wrapped:
         tensors = _inside(tensors)
@@ -239,13 +227,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_header(path: Path) -> Header:
-    """Facts and shapes in a file that ``save_tensors`` wrote; no tensor is read. Raises InputError as it does."""
+    """Facts and shapes in a checkpoint; no tensor is read. Raises InputError as ``load_tensors``, or for an adapter."""
     with _opened(path) as (file, metadata):
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {
             name: (tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF"))) for name, part in parts.items()
         }
-        return Header(_facts(metadata, path), shapes)
+        facts = _facts(metadata, path)
+    if "adapter" in facts:
+        raise InputError(
+            f"{plain(path)} is an adapter, which holds only what a run changed; make the whole network with clat "
+            f"adapter apply BASE {plain(path)} --out model.safetensors."
+        )
+    return Header(facts, shapes)
 
 
 @contextmanager

@@ -108,4 +108,4 @@ def _beside(adapter: str, whole: Path | str) -> str:
 
 
 def _say(sentence: str) -> None:
-    console.print(plain(sentence), markup=False, highlight=False)
+    console.print(plain(sentence), markup=False, highlight=False, soft_wrap=True)

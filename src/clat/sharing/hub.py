@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from clat.checkpoint import checkpoint_path, load_checkpoint, load_tensors, save_tensors
+from clat.checkpoint import checkpoint_path, load_checkpoint, load_header, load_tensors, save_tensors
 from clat.errors import InputError
 from clat.files import write_text
 from clat.sharing.card import model_card
@@ -41,9 +41,7 @@ def save_pretrained(
     for each in (WEIGHTS, CONFIG, CARD):
         if (folder / each).exists() and not overwrite:
             raise InputError(f"{plain(folder / each)} is there already; choose another folder or give overwrite=True.")
-    tensors, facts = load_tensors(path)
-    if "adapter" in facts:
-        raise InputError(f"{plain(path)} is an adapter; apply it to its base first, with clat adapter apply.")
+    facts, tensors = load_header(path).facts, load_tensors(path)[0]
     run = Run(path.parent)
     recipe = run.recipe if run.exists and "epoch" in facts else None
     config: dict[str, Any] = {"library_name": "clat", "model": facts.get("model")}
@@ -86,8 +84,8 @@ def push_to_hub(
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
         except Exception as error:  # the client raises errors of whichever library it speaks HTTP with
             raise InputError(
-                f"{plain(repo_id)} could not be written on the hub ({_said(error)}); {plain(source)} is as it was, so "
-                "push it again, or write a folder with save_pretrained."
+                f"{plain(repo_id)} could not be written on the hub ({_said(error)}); {plain(source)} is as it was; "
+                "push it again later, or write a folder with save_pretrained."
             ) from error
 
 
