@@ -292,7 +292,7 @@ def test_an_adapter_is_no_network_and_a_network_no_adapter(runs, adapter, tmp_pa
     assert not (tmp_path / "x").exists()
 
 
-def forge(file: Path, tensors=None, **changes) -> None:
+def forge(file: Path, tensors=None, /, **changes) -> None:
     """The adapter with other facts, under a right digest, as a forger would write it."""
     stored, facts = load_tensors(file)
     save_tensors(file, stored if tensors is None else tensors, **{**facts, **changes})
@@ -339,7 +339,8 @@ def test_tensors_that_the_base_lacks_are_refused(change, runs, adapter, tmp_path
 
 def test_an_adapter_chooses_no_network(runs, adapter, tmp_path):
     """Another one of the same shapes would compute something else; the base says which one it is."""
-    forge(adapter, model={"name": "os:system", "classes": 3, "command": f"touch {tmp_path}/mark"})
+    model = {"name": "os:system", "classes": 3, "command": f"touch {tmp_path}/mark"}
+    forge(adapter, model=model, path=f"{tmp_path}/mark", tensors={})
     command = ["adapter", "apply", runs / "base.safetensors", adapter, "--out", tmp_path / "out"]
     assert main([str(word) for word in command]) == 0
     assert load_checkpoint(tmp_path / "out")[0].spec["name"] == "rn18"
@@ -412,6 +413,8 @@ def test_onnx_faults_get_one_sentence(runs, tmp_path, monkeypatch, capsys):
         export_onnx(Wrong(), to, (1, 2, 2))
     with pytest.raises(InputError, match="cannot be written as an ONNX file"):
         export_onnx(Tricky(), to, (1, 2, 2))
+    with pytest.raises(InputError, match="at most 2 GB"):
+        export_onnx(nn.Linear(2**15, 2**15, device="meta"), to, (1, 2, 2))
     capsys.readouterr()
     assert "give --size" in refused(capsys, "export", runs / "base.safetensors", "--to", to)
     monkeypatch.setattr("clat.sharing.onnx_file.find_spec", lambda name: None)

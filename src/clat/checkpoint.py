@@ -199,7 +199,7 @@ def is_checkpoint(path: Path | str) -> bool:
         return path.suffix == ".safetensors"
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], /, **facts: Any) -> None:
     """Writes tensors and JSON facts about them, and a digest of both, atomically as safetensors."""
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(facts)

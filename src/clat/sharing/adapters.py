@@ -89,7 +89,7 @@ def applied(base: State, adapter: Adapter, name: object = "This network") -> Sta
         InputError: another base
     """
     about = adapter.facts["adapter"]
-    if digest_of({name: fingerprint(base[name]) for name in base.keys() - set(about["tied"])}) != about["base"]:
+    if digest_of({key: fingerprint(base[key]) for key in base.keys() - set(about["tied"])}) != about["base"]:
         raise InputError(
             f"{plain(name)} is not the base of this adapter: its weights, or their names, are not those that the run "
             "began with; give the run's own base, and the --model that the run was given, if any."

@@ -24,6 +24,7 @@ def model_card(facts: Mapping[str, Any], recipe: Mapping[str, Any] | None, name:
         name: of the network on the hub
     """
     model, data, layers = facts.get("model"), facts.get("data"), facts.get("selected")
+    own = "" if model and ":" not in model["name"] else ", model=yours"  # as for load_checkpoint
     lines = [f"A network {_code(model['name'])}." if model else "A network of its own code."]
     if data:
         size = "x".join(map(str, data["shape"]))
@@ -35,8 +36,8 @@ def model_card(facts: Mapping[str, Any], recipe: Mapping[str, Any] | None, name:
         f"# {plain(name)}",
         "\n".join(lines),
         _accuracies(facts.get("validation"), recipe),
-        "It takes pixels in [0, 1] and normalises them itself:",
-        f"```python\nfrom clat.sharing import from_pretrained\n\nmodel = from_pretrained({plain(name)!r})\n```",
+        "It takes pixels in [0, 1]:",
+        f"```python\nfrom clat.sharing import from_pretrained\n\nmodel = from_pretrained({plain(name)!r}{own})\n```",
         f"The recipe:\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```" if recipe else "",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -52,8 +53,8 @@ def _accuracies(found: Mapping[str, Any] | None, recipe: Mapping[str, Any] | Non
     return (
         f"| on {int(images):,} held-out training images | accuracy |\n|---|---|\n| clean | {rows[0]} |\n"
         f"| under {attack} | {rows[1]} |\n\n"
-        "The checkpoint was chosen by these images. Measure it on others with `clat evaluate`, and check it with "
-        "`clat trust`."
+        "The best checkpoint of a run is chosen by these images. Measure it on others with `clat evaluate`, and check "
+        "it with `clat trust`."
     )
 
 

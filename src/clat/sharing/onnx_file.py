@@ -12,6 +12,7 @@ from clat.files import write_atomically
 from clat.network import Images, class_scores, held, logits
 from clat.text import plain
 
+LARGEST = 2**31 - 1  # bytes, as the format allows
 NEEDED = ("onnx", "onnxscript")
 TOLERATED = 1e-3  # difference of a class score, as a share of the largest
 
@@ -43,9 +44,12 @@ def export_onnx(model: nn.Module, to: Path | str, shape: Sequence[int]) -> float
     """
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise InputError(f"ONNX files need {' and '.join(missing)}: pip install {' '.join(NEEDED)}.")
+    state = model.state_dict().values()
+    if sum(tensor.nbytes for tensor in state) > LARGEST:
+        raise InputError("An ONNX file holds at most 2 GB, and the network is larger; write its weights instead.")
     from onnx.reference import ReferenceEvaluator
 
-    place = next((tensor.device for tensor in model.state_dict().values()), None)
+    place = next((tensor.device for tensor in state), None)
     images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with held(model), torch.no_grad():
@@ -68,7 +72,7 @@ def export_onnx(model: nn.Module, to: Path | str, shape: Sequence[int]) -> float
         ) from error
     scores = class_scores(model, images[2:].to(place)).cpu()
     difference = (torch.from_numpy(found) - scores).abs().max().item()
-    if not difference <= TOLERATED * max(1.0, scores.abs().max().item()):
+    if not difference <= TOLERATED * scores.abs().max().item():
         raise InputError(
             f"The ONNX file would give class scores that differ by {difference:.2g} from the network's, so it was not "
             "written; write its weights as safetensors instead."
