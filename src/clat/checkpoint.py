@@ -145,30 +145,35 @@ def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def export_weights(source: Path | str | nn.Module, to: Path | str) -> None:
+def export_weights(source: Path | str | nn.Module, to: Path | str) -> dict[str, list[float]]:
     """Writes a network's weights by its own names, as a safetensors file that loads without clat.
 
     ``safetensors.torch.load_file(to)`` gives what the network's own ``load_state_dict`` takes. The mean and std by
     which clat normalises the pixels are not among the weights but in the file's metadata, as the JSON lists ``mean``
-    and ``std``: without clat, normalise the pixels by them.
+    and ``std``: without clat, normalise the pixels by them. Its entry ``model`` says how clat builds the network.
 
     Args:
         source: a checkpoint, a run folder (its best checkpoint) or a network
+    Returns:
+        mean and std, one number a channel; empty if clat does not normalise
     Raises:
         InputError: no checkpoint, or a place that cannot be written
     """
     if isinstance(source, nn.Module):
         tensors, wrapped = source.state_dict(), isinstance(source, Normalized)
+        spec = recorded(source.spec) if isinstance(source, Normalized) else None
     else:
-        tensors = load_tensors(checkpoint_path(source))[0]
+        path = checkpoint_path(source)
+        spec, tensors = load_header(path).facts.get("model"), load_tensors(path)[0]
         wrapped = _is_wrapped(tensors)
-    metadata = {"format": "pt"}
+    statistics = {key: tensors[key].flatten().tolist() for key in ("mean", "std")} if wrapped else {}
     if wrapped:
-        metadata |= {key: json.dumps(tensors[key].flatten().tolist()) for key in ("mean", "std")}
         tensors = _inside(tensors)
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    file = save(content, metadata)
+    metadata = {key: json.dumps(value) for key, value in {**statistics, "model": spec}.items() if value}
+    file = save(content, {"format": "pt", **metadata})
     write_atomically(Path(to), lambda temporary: temporary.write_bytes(file))
+    return statistics
 
 
 def _is_wrapped(names: Any) -> bool:
@@ -194,7 +199,7 @@ def is_checkpoint(path: Path | str) -> bool:
         return path.suffix == ".safetensors"
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], /, **facts: Any) -> None:
     """Writes tensors and JSON facts about them, and a digest of both, atomically as safetensors."""
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(facts)
@@ -222,13 +227,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_header(path: Path) -> Header:
-    """Facts and shapes in a file that ``save_tensors`` wrote; no tensor is read. Raises InputError as it does."""
+    """Facts and shapes in a checkpoint; no tensor is read. Raises InputError as ``load_tensors``, or for an adapter."""
     with _opened(path) as (file, metadata):
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {
             name: (tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF"))) for name, part in parts.items()
         }
-        return Header(_facts(metadata, path), shapes)
+        facts = _facts(metadata, path)
+    if "adapter" in facts:
+        raise InputError(
+            f"{plain(path)} is an adapter, which holds only what a run changed; make the whole network with clat "
+            f"adapter apply BASE {plain(path)} --out model.safetensors."
+        )
+    return Header(facts, shapes)
 
 
 @contextmanager

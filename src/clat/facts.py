@@ -68,6 +68,17 @@ def _numbers(value: Any) -> bool:
     )
 
 
+def _adapter(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("base"), str)
+        and _words(value.get("tied"))
+        and isinstance(value.get("recipe"), dict)
+        and isinstance(value.get("selections"), list)
+        and all(isinstance(entry, dict) and _words(entry.get("layers")) for entry in value["selections"])
+    )
+
+
 # Each fact that clat reads: its form in words, and as a test.
 FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epoch": ("a whole number", _count),
@@ -78,4 +89,5 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "validation": ("numbers by name", _numbers),
     "end": ("keys and values", lambda value: isinstance(value, dict)),
     "imported": ("keys and values", lambda value: isinstance(value, dict)),
+    "adapter": ("base, tied names, recipe and selections", _adapter),
 }

@@ -52,10 +52,13 @@ def predict(model: nn.Module, x: Images) -> Tensor:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over every parameter and buffer and its name, the first 16 digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors(model).items()):
-        digest.update(f"{name} {fingerprint(tensor)}\n".encode())
-    return digest.hexdigest()[:16]
+    return digest_of({name: fingerprint(tensor) for name, tensor in tensors(model).items()})[:16]
+
+
+def digest_of(fingerprints: Mapping[str, str]) -> str:
+    """SHA-256 over the names and fingerprints of tensors."""
+    lines = (f"{name} {mark}\n" for name, mark in sorted(fingerprints.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def logits(output: Any) -> Tensor:

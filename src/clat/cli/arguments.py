@@ -37,6 +37,9 @@ USAGE = {
     "[--model MODEL] [--dry-run]",
     "status": "RUN [--model MODEL] [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
+    "adapter save": "RUN --out FILE [--overwrite]",
+    "adapter apply": "BASE ADAPTER --out CHECKPOINT [--model MODEL] [--overwrite]",
+    "export": "CHECKPOINT_OR_RUN --to FILE.safetensors|FILE.onnx [--model MODEL] [--size N] [--overwrite]",
 }
 RECIPE_COMMANDS = ("train", "finetune")
 OVERLAYS = {"protocol": ("clat", "rift"), "scale": ("small",)}  # folders in recipes, and what is in them
@@ -149,6 +152,8 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
     known = table()["commands"]
     if not first:
         raise InputError(f"Name a command: clat COMMAND ..., where COMMAND is one of {', '.join(known)}.")
+    if " ".join(arguments[:2]) in known:  # a command of two words
+        return " ".join(arguments[:2]), arguments[2:]
     if first not in known:
         names = ", ".join(known)
         raise InputError(f"There is no command {shown(first)}; choose one of {names}.{nearest(first, known)}")

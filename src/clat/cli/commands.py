@@ -4,6 +4,7 @@ from clat.cli.arguments import Command
 from clat.cli.compare import compare
 from clat.cli.evaluate import evaluate
 from clat.cli.networks import import_, layers
+from clat.cli.sharing import adapter_apply, adapter_save, export
 from clat.cli.sweep import sweep
 from clat.cli.training import demo, finetune, status, train
 from clat.cli.transfer import transfer
@@ -21,4 +22,7 @@ COMMANDS: dict[str, Command] = {
     "compare": compare,
     "status": status,
     "import": import_,
+    "adapter save": adapter_save,
+    "adapter apply": adapter_apply,
+    "export": export,
 }
