@@ -36,10 +36,8 @@ def test_smoothing_is_torchs():
 
 def test_balanced_classes_count_alike():
     """Each of the three classes that have images has a third of the loss; the weights' mean is 1."""
-    found = loss(Recipe(class_weights="balanced"))
-    torch.testing.assert_close(
-        found, torch.stack([F.cross_entropy(SCORES[LABELS == c], LABELS[LABELS == c]) for c in range(3)]).mean()
-    )
+    own = [F.cross_entropy(SCORES[part], LABELS[part]) for part in (slice(6), slice(6, 9), slice(9, 10))]
+    torch.testing.assert_close(loss(Recipe(class_weights="balanced")), torch.stack(own).mean())
     rows = targets(Recipe(class_weights="balanced", label_smoothing=0.3), LABELS, 4)
     assert rows[LABELS].sum(1).mean() == pytest.approx(1)
     assert rows.sum(1).tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3, 10 / 3])  # no label looks up the last

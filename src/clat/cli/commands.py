@@ -3,6 +3,7 @@
 from clat.cli.arguments import Command
 from clat.cli.compare import compare
 from clat.cli.evaluate import evaluate
+from clat.cli.listing import list_
 from clat.cli.networks import import_, layers
 from clat.cli.sweep import sweep
 from clat.cli.training import demo, finetune, status, train
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": sweep,
     "trust": trust,
     "compare": compare,
+    "list": list_,
     "status": status,
     "import": import_,
 }

@@ -96,9 +96,9 @@ def _check_length(run: Run, recipe: Recipe) -> None:
         if first != second:
             raise InputError(
                 f"The run in {plain(run.folder)} was started with epochs {before.epochs}, and its {recipe.schedule} "
-                f"schedule depends on them: with {recipe.epochs} the epochs that are done would have had other learning "
-                f"rates; leave epochs as they are, or train on from its last checkpoint in a run of its own: clat "
-                f"finetune RECIPE --from {plain(run.last)} --out ANOTHER."
+                f"schedule depends on them: with {recipe.epochs} the epochs that are done would have had other "
+                "learning rates; leave epochs as they are, or train on from its last checkpoint in a run of its own: "
+                f"clat finetune RECIPE --from {plain(run.last)} --out ANOTHER."
             )
 
 
