@@ -109,7 +109,7 @@ class InputNormalize(torch.nn.Module):
 
 
 def test_moving_runs_and_takes_weights_over(short, capsys):
-    """The checkpoint has the names of robustness: the network, the attacker with the network, and both normalisations."""
+    """The checkpoint has the names of robustness: the network, the attacker that holds it too, two normalisations."""
     network = build_model("rn18", 10, width=8, mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3]).eval()
     attacker = torch.nn.ModuleDict({"normalize": InputNormalize(), "model": network.network})
     wrapped = torch.nn.ModuleDict({"normalizer": InputNormalize(), "model": network.network, "attacker": attacker})
