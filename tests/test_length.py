@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from clat.cli.main import main
 from clat.errors import InputError
 from clat.threat import Threat
-from clat.training import loop
+from clat.training import job, loop
 from clat.training.loop import train
 from clat.training.optimizer import learning_rate
 from clat.training.recipe import Recipe
@@ -163,3 +164,16 @@ def test_each_epoch_is_told_once_it_is_saved(blobs, tmp_path):
         train(SHORT, network(), blobs, out=tmp_path / "run", on_epoch=tell)
     run = train(SHORT, network(), blobs, out=tmp_path / "run", resume=True, on_epoch=tell)
     assert told == run.metrics
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_shows_a_bar_where_it_can(widgets, blobs, tmp_path, monkeypatch):
+    """rich draws a bar in a notebook with ipywidgets and warns without them, so that there is none then."""
+    monkeypatch.setattr(job, "find_spec", lambda name: object() if widgets else None)
+    shown, real = [], job.Progress
+    monkeypatch.setattr(job, "Progress", lambda *args, disable, **keys: shown.append(not disable) or real(
+        *args, **{**keys, "disable": True}))  # fmt: skip
+    notebook = Console(force_jupyter=True)
+    monkeypatch.setattr(notebook, "print", lambda *words, **keys: None)
+    train(replace(SHORT, epochs=1), network(), blobs, out=tmp_path / "run", console=notebook)
+    assert shown == [widgets]
