@@ -161,7 +161,8 @@ from clat.cli.main import main
 for arguments in (["trian"], ["train", "pgdat"], ["train", "pgd-at", "--epoch", "3"], ["evaluate"],
                   ["evaluate", "x", "--data", "x", "--tier", "ful"], ["train", "pgd-at", "--model", "rn18"]):
     assert main(arguments) == 2
-for arguments in (["--help"], ["--version"], ["train", "--help"], ["evaluate", "-h"]):
+for arguments in (["--help"], ["--version"], ["train", "--help"], ["evaluate", "-h"],
+                  ["--completion", "bash"], ["--complete", "train", "pgd-at", "--sched"]):
     try:
         main(arguments)
     except SystemExit as end:

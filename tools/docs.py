@@ -31,6 +31,7 @@ from clat.evaluation.accuracy import Accuracy  # noqa: E402
 from clat.evaluation.trust import CHECKS, NEEDED  # noqa: E402
 from clat.layers import trace  # noqa: E402
 from clat.models import MODELS  # noqa: E402
+from clat.training.recipe_files import summary  # noqa: E402
 
 Lines = list[str]
 BLOCK = re.compile(r"(<!-- made by make docs: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -148,10 +149,8 @@ def recipes() -> Lines:
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         text = path.read_text()
         keys = yaml.safe_load(text)
-        words = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
-        sentence = re.split(r"\.\s+(?=[A-Z])", words)[0].removesuffix(".")
         method = f"{keys['objective']} x {keys['tuner']}" + (" with awp" if "awp" in keys else "")
-        rows.append([f"[`{path.stem}`](../recipes/{path.name})", method, sentence])
+        rows.append([f"[`{path.stem}`](../recipes/{path.name})", method, summary(text)])
     return table("recipe | objective x tuner | what it is", rows)
 
 

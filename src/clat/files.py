@@ -69,6 +69,14 @@ def read_text(path: Path, what: str = "file") -> str:
         raise InputError(f"{plain(path)} is not a readable {what} ({plain(error)}).") from error
 
 
+def shipped(kind: str) -> dict[str, Path]:
+    """The YAML files that come with clat by name, such as ``protocol/clat``; kind is recipes or comparisons."""
+    package = Path(__file__).parent
+    folders = (package / kind, package.parents[1] / kind)  # installed; in a checkout
+    paths = ((path, folder) for folder in folders for path in folder.rglob("*.yaml"))
+    return {str(path.relative_to(folder).with_suffix("")): path for path, folder in paths}
+
+
 def parse_json(text: str, where: object, what: str = "file") -> Any:
     """JSON as values. Raises InputError, naming ``where``, if it is not JSON or nested too deep."""
     try:

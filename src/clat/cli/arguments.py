@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from clat.cli.completion import SCRIPTS, offered
 from clat.errors import InputError
 from clat.files import parse_yaml
 from clat.inputs import annotations, block_of, check_word, entry_of, fit, from_text, nearest, shown
@@ -35,6 +36,7 @@ USAGE = {
     "[--key value ...]",
     "compare": "FILE_OR_NAME --data DATA --out DIR [--scale small] [--seeds 0 1 2] [--only ARM ...] [--jobs N] "
     "[--model MODEL] [--dry-run]",
+    "list": "[--json FILE]",
     "status": "RUN [--model MODEL] [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",
     "adapter save": "RUN --out FILE [--overwrite]",
@@ -149,6 +151,13 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
         print(f"clat {version('torch-clat')}")
         sys.exit(0)
+    if first == "--completion":
+        check_word("--completion", "".join(arguments[1:2]), SCRIPTS)
+        print(SCRIPTS[arguments[1]], end="")
+        sys.exit(0)
+    if first == "--complete":  # the scripts call this
+        print(*offered(arguments[1:], table(), RECIPE_COMMANDS), sep="\n")
+        sys.exit(0)
     known = table()["commands"]
     if not first:
         raise InputError(f"Name a command: clat COMMAND ..., where COMMAND is one of {', '.join(known)}.")
@@ -237,7 +246,8 @@ def _overview() -> str:
         "usage: clat COMMAND ...\n\n"
         "Criticality-Leveraged Adversarial Training: find a network's critical layers, train only these.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\noptions:\n"
-        "  --help     this text; clat COMMAND --help lists a command's flags\n"
-        "  --version  the version\n"
-        "  --debug    show where in the code an error arose\n"
+        "  --help        this text; clat COMMAND --help lists a command's flags\n"
+        "  --version     the version\n"
+        "  --debug       show where in the code an error arose\n"
+        '  --completion  a script that completes commands in bash or zsh: eval "$(clat --completion bash)"\n'
     )

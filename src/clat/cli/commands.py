@@ -3,6 +3,7 @@
 from clat.cli.arguments import Command
 from clat.cli.compare import compare
 from clat.cli.evaluate import evaluate
+from clat.cli.listing import list_
 from clat.cli.networks import import_, layers
 from clat.cli.sharing import adapter_apply, adapter_save, export
 from clat.cli.sweep import sweep
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": sweep,
     "trust": trust,
     "compare": compare,
+    "list": list_,
     "status": status,
     "import": import_,
     "adapter save": adapter_save,

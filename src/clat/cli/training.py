@@ -21,7 +21,7 @@ from clat.training.runs import Run
 
 
 def demo(out: str = "clat-demo", resume: bool = False, overwrite: bool = False) -> None:
-    """Everything on embedded data: pre-train, find critical layers, fine-tune with CLAT, compare with PGD-AT.
+    """Everything on embedded data: pre-train until it overfits, find critical layers, go on with PGD-AT and CLAT.
 
     Args:
         out: folder for the run folders and the table
@@ -120,6 +120,7 @@ def status(run: str, model: str | None = None, json: str | None = None) -> None:
         write_json(json, [asdict(layer) for layer in found])
     if json != "-":
         console.print(status_table(found, folder))
+        console.print(folder.in_words(), markup=False, highlight=False)
         if folder.averaged.exists():
             console.print(f"{plain(folder.averaged)} holds the averaged weights after the last epoch.", markup=False)
     if any(layer.state == "irregular" for layer in found):
@@ -135,10 +136,4 @@ def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, origin: str,
     )
     console.print(f"Normalisation: {normalisation_of(model)}", markup=False, highlight=False)
     run = train_model(recipe, model, data, out=out, origin=origin, console=console, **keys)
-    best = run.result["best"]
-    console.print(
-        f"Best epoch {best['epoch']}: validation clean {100 * best['clean']:.1f} %, robust "
-        f"{100 * best['robust']:.1f} %. Run folder: {plain(out)}",
-        markup=False,
-        highlight=False,
-    )
+    console.print(f"{run.in_words()} Run folder: {plain(out)}", markup=False, highlight=False)

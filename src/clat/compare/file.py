@@ -8,7 +8,7 @@ from clat.compare.plan import Arm, Comparison, Evaluation, Keys, Side
 from clat.compare.recipes import resolved
 from clat.compare.schema import check_model, entries_of, mapping, whole_list
 from clat.errors import InputError
-from clat.files import parse_yaml, read_text
+from clat.files import parse_yaml, read_text, shipped
 from clat.inputs import fraction, nearest, shown
 from clat.text import plain
 from clat.training.recipe_files import laid_over, recipe_path
@@ -29,20 +29,11 @@ def comparison_path(name: str) -> Path:
     with suppress(OSError):  # too long a name, a loop of links, a folder without access
         if Path(name).is_file():
             return Path(name)
-    shipped = shipped_comparisons()
-    if name in shipped:
-        return shipped[name]
-    known = ", ".join(sorted(shipped))
-    raise InputError(
-        f"There is no comparison {shown(name)}; give a YAML file or one of {known}.{nearest(name, shipped)}"
-    )
-
-
-def shipped_comparisons() -> dict[str, Path]:
-    """The comparisons that ship with clat, by name."""
-    package = Path(__file__).parents[1]
-    folders = (package / "comparisons", package.parents[1] / "comparisons")  # installed; in a checkout
-    return {str(p.relative_to(folder).with_suffix("")): p for folder in folders for p in folder.rglob("*.yaml")}
+    known = shipped("comparisons")
+    if name in known:
+        return known[name]
+    names = ", ".join(sorted(known))
+    raise InputError(f"There is no comparison {shown(name)}; give a YAML file or one of {names}.{nearest(name, known)}")
 
 
 def load_comparison(

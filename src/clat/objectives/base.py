@@ -24,6 +24,10 @@ class Objective(ABC):
         """Whether ``perturb`` maximises something over the pixels, from the threat model's start."""
         return True
 
+    def takes_soft_labels(self) -> bool:
+        """Whether ``loss`` also takes, for y, what each class counts for each image, float (batch, classes)."""
+        return False
+
     def learns_from_start(self) -> bool:
         """Whether the loss compares with the network as it was when the run began, which ``begin`` is then given."""
         return False

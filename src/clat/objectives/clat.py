@@ -64,6 +64,9 @@ class Clat(Objective):
     def attacks_pixels(self) -> bool:
         return self.attack != "latent"
 
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def learns_from_start(self) -> bool:
         return self.teacher > 0
 

@@ -19,6 +19,9 @@ class Clean(Objective):
     def attacks_pixels(self) -> bool:
         return False
 
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         return x
 

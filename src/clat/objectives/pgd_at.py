@@ -16,6 +16,9 @@ class PgdAt(Objective):
 
     name = "pgd-at"
 
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         return attack_output(model, x, y, threat)
 

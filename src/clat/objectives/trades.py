@@ -38,6 +38,9 @@ class Trades(Objective):
         if self.beta < 0:
             raise InputError(f"trades.beta is {self.beta}; the weight of the divergence must be 0 or more.")
 
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def perturb(self, model: nn.Module, x: Images, y: Labels, threat: Threat) -> Images:
         check_start(threat, "trades")
         with held(model, threat.mode), torch.no_grad():

@@ -1,17 +1,19 @@
 """The parts of a run that are made before its first epoch and stay the same until its last."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clat.data.dataset import Dataset
 from clat.errors import InputError
+from clat.network import Labels
 from clat.text import plain
 from clat.training.averaging import Averaged
 from clat.training.batches import RunImages, run_images
@@ -20,6 +22,7 @@ from clat.training.optimizer import learning_rate
 from clat.training.processes import Processes
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
+from clat.training.targets import targets
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,28 @@ class Job:
         recipe: with the precision and layout that were settled
         method: objective, tuner and threat model, put to the network
         averaged: the network's average over the steps so far
+        targets: what the loss learns for each label, (classes, classes); None for the labels themselves
         console: silent in all processes but the first
+        on_epoch: the user's, for each epoch's line of metrics.jsonl
     """
 
     recipe: Recipe
     method: Method
     averaged: Averaged
     images: RunImages
+    targets: Tensor | None
     processes: Processes
     run: Run
     console: Console
+    on_epoch: Callable[[dict[str, Any]], object] | None = None
 
     @property
     def model(self) -> nn.Module:
         return self.method.model
+
+    def learned(self, y: Labels) -> Tensor:
+        """What the loss learns in place of these labels."""
+        return y if self.targets is None else self.targets[y]
 
     def say(self, text: str) -> None:
         """Prints a line under the progress bar's place. Nothing in it is markup: names come from files."""
@@ -79,9 +90,21 @@ class Job:
             self.method.tuner.undo(self.model)
             self.model._compiled_call_impl = None
 
+    def tell(self, entry: Mapping[str, Any]) -> None:
+        """Hands a copy of an epoch's line to the user's function, in the first process only."""
+        if self.on_epoch is not None and self.processes.first:
+            self.on_epoch(dict(entry))
+
 
 def prepared(
-    recipe: Recipe, model: nn.Module, data: Dataset, processes: Processes, run: Run, console: Console, workers: int
+    recipe: Recipe,
+    model: nn.Module,
+    data: Dataset,
+    processes: Processes,
+    run: Run,
+    console: Console,
+    workers: int,
+    on_epoch: Callable[[dict[str, Any]], object] | None = None,
 ) -> Job:
     """The parts of a run. Says what was assumed of its extra images.
 
@@ -90,16 +113,19 @@ def prepared(
     """
     if isinstance(model, DistributedDataParallel):
         raise InputError("Give train the network itself, without DistributedDataParallel; it averages the gradients.")
+    images = run_images(recipe, data, processes, workers)
     job = Job(
         recipe=recipe,
         method=Method(
             model, recipe.objective, recipe.tuner, recipe.threat, seed=recipe.seed, precision=recipe.precision
         ),
         averaged=Averaged(model, recipe.average),
-        images=run_images(recipe, data, processes, workers),
+        images=images,
+        targets=targets(recipe, images.training.labels, len(data.classes)),
         processes=processes,
         run=run,
         console=console,
+        on_epoch=on_epoch,
     )
     for note in job.images.extra.notes if job.images.extra else ():
         job.say(plain(note))
@@ -108,7 +134,15 @@ def prepared(
 
 @contextmanager
 def progress_bar(job: Job, done: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, as a function that is told the epoch and the steps made in it; ``done`` epochs are over."""
+    """A bar on a terminal or in a notebook, as a function that is told the epoch and the steps made in it.
+
+    In a notebook, rich draws it with ipywidgets; without them there is none, as on no terminal.
+
+    Args:
+        done: epochs that are over
+    """
+    console = job.console
+    shown = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
     columns = (
         TextColumn("  {task.description}"),
         BarColumn(),
@@ -118,6 +152,6 @@ def progress_bar(job: Job, done: int) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     epochs, steps = job.recipe.epochs, job.images.steps
-    with Progress(*columns, console=job.console, transient=True, disable=not job.console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("", total=epochs * steps, completed=done * steps)
         yield lambda epoch, made: bar.update(task, advance=made, description=f"epoch {epoch}/{epochs}")

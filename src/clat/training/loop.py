@@ -31,7 +31,7 @@ from clat.training.processes import seed_of, started
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
 from clat.training.saving import begin, check_same_run, check_same_start, commit, end_best, restore, write_result
-from clat.training.validation import Batch, overfits, validate
+from clat.training.validation import Batch, out_of_patience, overfits, validate
 from clat.tuners.selection import Selection
 
 Entries = list[dict[str, Any]]  # a line of metrics.jsonl for each epoch
@@ -49,6 +49,7 @@ def train(
     workers: int = 2,
     origin: str | None = None,
     console: Console | None = None,
+    on_epoch: Callable[[dict[str, Any]], object] | None = None,
 ) -> Run:
     """Trains or fine-tunes a network by a recipe and records it in a run folder.
 
@@ -59,12 +60,15 @@ def train(
         data: the training split; ``recipe.holdout`` images of it are held out for validation
         out: the run folder; no other process may train in it at the same time
         resume: continue the run in ``out`` after its last finished epoch, or start it if there is none; on the CPU it
-            ends bit-identical to an uninterrupted one
+            ends bit-identical to an uninterrupted one. Other ``epochs`` and ``patience`` may be given, where the epochs
+            that are done would have had the same learning rates
         overwrite: replace an existing run in ``out``; only files that a run wrote are removed
         device: where to train, e.g. cpu or cuda:1; default the fastest kind of device here, one for each process
         workers: processes that decode images, where these do not fit into memory
         origin: where the network's weights come from, for the record
-        console: where progress goes; default none
+        console: where progress goes, e.g. ``rich.console.Console()``, also in a notebook; default none
+        on_epoch: called after each epoch with its line of metrics.jsonl, by the first process, once the epoch is saved;
+            what it raises ends the run, which ``resume`` continues
     Raises:
         InputError: a network, data, device or folder that does not fit, or a run folder that is damaged
         HealthError: the loss is not finite, the accuracy stays at chance level, or the attack does not work
@@ -83,7 +87,7 @@ def train(
         with lent(model, processes.device):
             check_fits(model, data, processes.device)
             recipe = settled(recipe, model, data, processes, speaks)
-            job = prepared(recipe, model, data, processes, run, speaks, workers)
+            job = prepared(recipe, model, data, processes, run, speaks, workers, on_epoch)
             _fit(job, data, resuming, origin)
     return run
 
@@ -105,6 +109,8 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
     metrics, selections, optimizer = restore(job) if resuming else ([], [], None)
     with progress_bar(job, len(metrics)) as progress:
         for epoch in range(len(metrics) + 1, recipe.epochs + 1):
+            if out_of_patience(job, metrics):
+                break
             began = time.perf_counter()
             torch.manual_seed(seed_of(recipe.seed, epoch, job.processes.rank))
             if method.tuner.due(epoch):  # line 3
@@ -122,6 +128,7 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
             metrics = [*metrics, entry]
             job.report(entry)
             commit(job, optimizer, metrics, selections)
+            job.tell(entry)
             check_learning(metrics, len(data.classes), recipe)
     return metrics, None
 
@@ -164,7 +171,7 @@ def _epoch(
         for _ in range(replays):
             x_adv = method.attack(x, y, threat=job.images.threat(batch))
             job.images.keep(batch, x_adv)
-            terms = method.update(optimizer, x, x_adv, y, awp=awp, clip=recipe.clip, share=share)
+            terms = method.update(optimizer, x, x_adv, job.learned(y), awp=awp, clip=recipe.clip, share=share)
             for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=x.device)) + term
         last = step == steps - 1

@@ -42,13 +42,16 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int, selected: i
     first, length = 1, recipe.epochs
     if tuner.lr_schedule == "restart" and tuner.every:
         first, length = selected, min(tuner.every, recipe.epochs - selected + 1)
-    progress = (epoch - first + step / steps) / length
-    if recipe.schedule == "cosine":
-        return recipe.lr * (1 + math.cos(math.pi * progress)) / 2
+    done = epoch - first + step / steps  # epochs
+    progress = done / length
     if recipe.schedule == "cyclic":
         progress += 0.5 / (steps * length)  # the middle of the step: at neither end is the rate zero
         return recipe.lr * min(progress / recipe.peak, (1 - progress) / (1 - recipe.peak))
-    return recipe.lr / 10 ** sum(epoch - first + 1 >= milestone for milestone in recipe.milestones)
+    if recipe.schedule == "cosine":
+        rate = recipe.lr * (1 + math.cos(math.pi * progress)) / 2
+    else:
+        rate = recipe.lr / 10 ** sum(epoch - first + 1 >= milestone for milestone in recipe.milestones)
+    return rate * (done + 1 / steps) / recipe.warmup if done + 1 / steps < recipe.warmup else rate
 
 
 def set_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, rate: float) -> None:

@@ -46,11 +46,13 @@ class Recipe:
             averaged.safetensors beside the raw last; none if not given
         extra: a second data set in each batch; none if not given
         epochs: passes over the training images
+        patience: end the run after this many epochs without a new best checkpoint; none to train all epochs
         batch_size: images a step, over all processes
         optimizer: sgd or adamw
         lr: initial learning rate; of a cyclic schedule the highest
         schedule: cosine (to zero at the end), constant, step (a tenth from each milestone on) or cyclic (straight
             from zero to lr and back to zero)
+        warmup: epochs that the learning rate rises from zero to its schedule in, after each restart of it too
         milestones: epochs, counted from 1, that a step schedule lowers the learning rate before
         peak: share of the run after which a cyclic schedule reaches lr
         momentum: of sgd
@@ -60,6 +62,9 @@ class Recipe:
         decay: which of them: all, no_norm (not the scale and shift of normalisations) or kernels (only tensors of more
             than one dimension)
         clip: largest norm of the gradient; none if not given
+        label_smoothing: share of each label that the loss spreads evenly over all classes; attacks keep the label
+        class_weights: what an image counts in the loss: equal, or balanced, by the inverse of how many training images
+            its class has, with mean 1 over the training images; attacks and accuracies are not weighted
         precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation; auto is bf16 where the
             device computes in it natively, else fp32
         layout: of the kernels while the network trains: contiguous (as torch makes them) or channels-last; auto is
@@ -84,18 +89,22 @@ class Recipe:
     average: Average | None = None
     extra: Extra | None = None
     epochs: int = 50
+    patience: int | None = None
     batch_size: int = 128
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     schedule: Literal["cosine", "constant", "step", "cyclic"] = "cosine"
     milestones: tuple[int, ...] = ()
     peak: float = 0.5
+    warmup: int = 0
     momentum: float = 0.9
     cycle_momentum: bool = False
     nesterov: bool = False
     weight_decay: float = 5e-4
     decay: Literal["all", "no_norm", "kernels"] = "all"
     clip: float | None = None
+    label_smoothing: float = 0.0
+    class_weights: Literal["equal", "balanced"] = "equal"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     layout: Literal["auto", "contiguous", "channels-last"] = "auto"
     compile: bool = False
@@ -119,7 +128,8 @@ class Recipe:
         if self.warm_start and self.extra is not None:
             raise InputError("warm_start works without extra, whose images are drawn again in each epoch.")
         check_least(1, epochs=self.epochs, batch_size=self.batch_size, images=self.images, holdout=self.holdout)
-        check_least(0, validation_steps=self.validation_steps)
+        check_least(1, patience=self.patience)
+        check_least(0, validation_steps=self.validation_steps, warmup=self.warmup)
         check_least(0.0, weight_decay=self.weight_decay)
         for key in ("lr", "clip"):
             value = getattr(self, key)
@@ -144,6 +154,9 @@ class Recipe:
             raise InputError(f"peak is {self.peak}; it is the share of the run, between 0 and 1, before the peak.")
         if self.cycle_momentum and (self.schedule != "cyclic" or self.optimizer != "sgd" or self.momentum <= 0.1):
             raise InputError("cycle_momentum needs schedule cyclic and optimizer sgd with a momentum above 0.1.")
+        if self.warmup and self.schedule == "cyclic":
+            raise InputError("warmup works without the schedule cyclic, which rises from zero itself; see peak.")
+        _check_labels(self)
         self.keys()  # what cannot be recorded is refused here, before it trains
 
     def keys(self) -> dict[str, Any]:
@@ -223,6 +236,19 @@ def _check_method(kind: str, method: Any, base: type[Objective] | type[Tuner], e
     others = {_section(each) for classes in METHODS.values() for each in classes.values() if each is not owner}
     if known.get(name, owner) is not owner or _section(method) in others | annotations(Recipe).keys():
         raise InputError(f"{kind} {owner.__name__} has the name {name}, which clat has for something else; change it.")
+
+
+def _check_labels(recipe: Recipe) -> None:
+    """Raises InputError unless the objective can learn from the labels as the recipe smooths and weighs them."""
+    if not 0 <= recipe.label_smoothing < 1:
+        raise InputError(f"label_smoothing is {recipe.label_smoothing}; it must be 0 or more and below 1, e.g. 0.1.")
+    changed = {"label_smoothing": recipe.label_smoothing > 0, "class_weights": recipe.class_weights != "equal"}
+    for key in (key for key, used in changed.items() if used):
+        if not recipe.objective.takes_soft_labels():
+            takes = ", ".join(name for name, each in OBJECTIVES.items() if each().takes_soft_labels())
+            raise InputError(f"{key} does not go with {recipe.objective.name}; it goes with {takes}.")
+    if changed["class_weights"] and recipe.extra is not None:
+        raise InputError("class_weights balanced works without extra, whose images are drawn whatever their class is.")
 
 
 def _section(method: Any) -> str:

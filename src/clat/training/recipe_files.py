@@ -1,12 +1,13 @@
 """Recipe files: where they are, what they hold, and how one overrides another. Does not import torch."""
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from clat.errors import InputError
-from clat.files import parse_yaml, read_text
+from clat.files import parse_yaml, read_text, shipped
 from clat.inputs import check_keys, nearest, shown
 
 RENAMED = {  # keys of a block, and their words, that run folders of an earlier clat hold
@@ -26,14 +27,17 @@ def recipe_path(name: str) -> Path:
     with suppress(OSError):  # too long a name, a loop of links, a folder without access
         if Path(name).is_file():
             return Path(name)
-    folders = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed; in a checkout
-    shipped = {
-        str(path.relative_to(folder).with_suffix("")): path for folder in folders for path in folder.rglob("*.yaml")
-    }
-    if name in shipped:
-        return shipped[name]
-    known = ", ".join(sorted(shipped))
-    raise InputError(f"There is no recipe {shown(name)}; give a YAML file or one of {known}.{nearest(name, shipped)}")
+    known = shipped("recipes")
+    if name in known:
+        return known[name]
+    names = ", ".join(sorted(known))
+    raise InputError(f"There is no recipe {shown(name)}; give a YAML file or one of {names}.{nearest(name, known)}")
+
+
+def summary(text: str) -> str:
+    """The first sentence of the comment that a recipe's file begins with."""
+    words = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return re.split(r"\.\s+(?=[A-Z])", words)[0].removesuffix(".")
 
 
 def read_recipe(name: str, known: list[str]) -> dict[str, Any]:

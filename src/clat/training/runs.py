@@ -18,8 +18,9 @@ the name of the file, and never trained on from.
 """
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,6 +111,18 @@ class Run:
             "result.json", contents.read_result, "give the run's command again with --resume, which writes it again"
         )
 
+    def in_words(self) -> str:
+        """The best and the last finished epoch, and how far apart they are in robust accuracy.
+
+        Raises:
+            InputError: no epoch is finished, or a file is missing or damaged
+        """
+        metrics, best = self.progress()[0], self.epoch_of(self.best)
+        if not 0 < best <= len(metrics):
+            raise self.unusable(self.best.name, f"holds epoch {best}, and {len(metrics)} are finished")
+        entry = self.result["best"] if self.finished else metrics[best - 1]  # a tuner may change the best at the end
+        return _best_and_last(entry, metrics[-1])
+
     def progress(self) -> tuple[list[dict[str, Any]], list[Selection]]:
         """Metrics and selections up to the last finished epoch, which a resumed run continues from.
 
@@ -179,6 +192,22 @@ class Run:
             raise self.unusable(name, f"is damaged (it lacks {plain(error.args[0])})", remedy) from error
         except (TypeError, ValueError) as error:
             raise self.unusable(name, f"is damaged ({_reason(error)})", remedy) from error
+
+
+def _best_and_last(best: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Two lines of metrics.jsonl in words; robust overfitting is named where the gap is more than chance makes."""
+    found, after = (f"clean {100 * e['clean']:.1f} %, robust {100 * e['robust']:.1f} %" for e in (best, last))
+    if best["epoch"] == last["epoch"]:
+        return f"Best epoch {best['epoch']}, the last: validation {found}."
+    said = f"Best epoch {best['epoch']}: validation {found}; last epoch {last['epoch']}: {after}."
+    n, gap = last["validation_images"], best["robust"] - last["robust"]
+    error = math.sqrt(sum(e["robust"] * (1 - e["robust"]) for e in (best, last)) / n)  # of the gap, were they unpaired
+    if gap <= 0:
+        return f"{said} Robust accuracy has not fallen since."
+    points = f"The last is {100 * gap:.1f} points less robust"
+    if gap <= 2 * error:
+        return f"{said} {points}, which on {n:,} images may be chance."
+    return f"{said} {points}: robust overfitting. Use best.safetensors, as commands do that are given the run folder."
 
 
 def _reason(error: Exception) -> str:

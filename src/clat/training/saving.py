@@ -1,6 +1,7 @@
 """What a run writes: its start, each epoch as it ends, and its result; and how a run is resumed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from clat.text import plain
 from clat.training.claims import clear
 from clat.training.environment import environment
 from clat.training.job import Job
-from clat.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
-from clat.training.validation import Metrics, accuracy
+from clat.training.validation import Metrics, accuracy, best_epoch
 from clat.tuners.selection import Selection
 
-ADDED = ("warm_start",)  # keys that run folders of earlier versions lack
+# Keys that run folders of earlier versions lack.
+ADDED = ("warm_start", "patience", "warmup", "label_smoothing", "class_weights")
+LENGTH = ("epochs", "patience")  # keys that may change when a run is resumed
 
 # The beginning
 
@@ -54,7 +57,8 @@ def begin(job: Job, data: Dataset, origin: str | None) -> None:
 def check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
     """Raises InputError unless the run in the folder was started with this recipe, on this data.
 
-    Keys that an objective or tuner got since then must have their defaults.
+    Keys that an objective or tuner got since then must have their defaults. Epochs and patience may be others, if the
+    epochs that are done stay as they are.
     """
     wanted, stored = recipe.keys(), run.recipe
     changed = [key for key in ("objective", "tuner") if stored.get(key, wanted[key]) != wanted[key]]
@@ -66,16 +70,36 @@ def check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
             begun = Recipe.from_keys(stored, like=recipe).keys()
         except InputError as error:
             raise run.unusable("recipe.yaml", f"is damaged ({str(error).rstrip('.')})") from error
-        changed = [key for key in wanted if wanted[key] != begun[key]]
+        changed = [key for key in wanted if wanted[key] != begun[key] and key not in LENGTH]
     if changed:
         raise InputError(
             f"The run in {run.folder} was started with another {', '.join(changed)}; resume it with the same "
             "recipe, or start a new run."
         )
+    if recipe.epochs != stored["epochs"]:
+        _check_length(run, recipe)
     if run.environment["data"]["sha256"] != data.digest():
         raise InputError(
             f"The run in {run.folder} was started on other data than {data.source}; resume it on the same."
         )
+
+
+def _check_length(run: Run, recipe: Recipe) -> None:
+    """Raises InputError if another number of epochs would have changed the epochs that the run has finished."""
+    done, before = run.epoch, replace(recipe, epochs=run.recipe["epochs"])
+    if recipe.epochs < done:
+        raise InputError(f"The run in {plain(run.folder)} has {done} epochs; epochs {recipe.epochs} cannot be fewer.")
+    due = [epoch for epoch in range(1, done + 1) if recipe.tuner.due(epoch)]
+    for epoch in range(1, done + 1):
+        selected = max(earlier for earlier in due if earlier <= epoch)
+        first, second = (learning_rate(each, epoch, 1, 2, selected) for each in (before, recipe))
+        if first != second:
+            raise InputError(
+                f"The run in {plain(run.folder)} was started with epochs {before.epochs}, and its {recipe.schedule} "
+                f"schedule depends on them: with {recipe.epochs} the epochs that are done would have had other "
+                "learning rates; leave epochs as they are, or train on from its last checkpoint in a run of its own: "
+                f"clat finetune RECIPE --from {plain(run.last)} --out ANOTHER."
+            )
 
 
 def check_same_start(job: Job, start: State) -> None:
@@ -138,12 +162,6 @@ def write_epoch(
             path.unlink()
 
 
-def best_epoch(metrics: Sequence[Metrics], recipe: Recipe) -> int:
-    """The epoch with the best validation accuracy; of equals, the last."""
-    order = ("robust", "clean") if recipe.select_by == "robust" else ("clean", "robust")
-    return max(metrics, key=lambda entry: (entry[order[0]], entry[order[1]], entry["epoch"]))["epoch"]
-
-
 def _save_averaged(job: Job, path: Path, entry: Metrics) -> None:
     """The average of the weights, or the weights themselves where none are averaged."""
     with job.averaged.swapped_in():
@@ -174,6 +192,7 @@ def restore(job: Job) -> tuple[list[dict[str, Any]], list[Selection], torch.opti
     metrics, selections = run.progress()
     epoch = len(metrics)
     if not epoch:
+        job.processes.by_first(lambda: _lengthen(job))
         return [], [], None
     due = [earlier for earlier in range(1, epoch + 1) if tuner.due(earlier)]
     if (made := [selection.epoch for selection in selections]) != due:
@@ -185,8 +204,17 @@ def restore(job: Job) -> tuple[list[dict[str, Any]], list[Selection], torch.opti
     optimizer = _restore_selection(job, selections[-1])
     _restore_optimizer(job, epoch, optimizer)
     job.method.mark()
+    job.processes.by_first(lambda: _lengthen(job))
     job.processes.by_first(lambda: _mend(job, metrics))
     return metrics, selections, optimizer
+
+
+def _lengthen(job: Job) -> None:
+    """Puts other epochs and patience into the run's recipe. Its result goes first: it is no longer that of the run."""
+    run, wanted = job.run, job.recipe.keys()
+    if any(run.recipe.get(key) != wanted[key] for key in LENGTH):
+        (run.folder / "result.json").unlink(missing_ok=True)
+        run.write("recipe.yaml", wanted)
 
 
 def _restore_selection(job: Job, selection: Selection) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from clat.evaluation.evaluate import evaluate
 from clat.network import Images, Labels
 from clat.threat import Threat
 from clat.training.job import Job
+from clat.training.recipe import Recipe
 
 Metrics = Mapping[str, Any]  # one epoch's line of metrics.jsonl
 Batch = tuple[Images, Labels]
@@ -90,6 +91,21 @@ def overfits(job: Job, metrics: Sequence[Metrics], entry: Metrics) -> bool:
         f"epoch {entry['epoch']}: catastrophic overfitting (accuracy under attack on a training batch fell by "
         f"{100 * fall:.0f} points); the run ends with epoch {entry['epoch'] - 1}"
     )
+    return True
+
+
+def best_epoch(metrics: Sequence[Metrics], recipe: Recipe) -> int:
+    """The epoch with the best validation accuracy; of equals, the last."""
+    order = ("robust", "clean") if recipe.select_by == "robust" else ("clean", "robust")
+    return max(metrics, key=lambda entry: (entry[order[0]], entry[order[1]], entry["epoch"]))["epoch"]
+
+
+def out_of_patience(job: Job, metrics: Sequence[Metrics]) -> bool:
+    """Whether as many epochs as the recipe's patience have passed without a new best one. Says so."""
+    patience = job.recipe.patience
+    if patience is None or not metrics or len(metrics) - best_epoch(metrics, job.recipe) < patience:
+        return False
+    job.say(f"no new best in {patience} epoch{'s' * (patience > 1)}; the run ends with epoch {len(metrics)}")
     return True
 
 
