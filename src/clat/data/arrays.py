@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from clat.data.dataset import Dataset
 from clat.data.decoding import UnreadableError, decoded
-from clat.data.labels import Classes, numbered
+from clat.data.labels import Classes, numbered, uneven
 from clat.errors import InputError
 from clat.text import plain
 
@@ -52,7 +52,7 @@ def as_dataset(source: Any, classes: Classes = None) -> Dataset:
     pixels, said = _pixels(images, name)
     values = _values(labels, len(pixels), name)
     numbers, named, numbering = numbered(values, names, source=name)
-    return Dataset(pixels, numbers, named, name, "given", (*said, *numbering))
+    return Dataset(pixels, numbers, named, name, "given", (*said, *numbering, *uneven(numbers, named, name)))
 
 
 def _from_loader(loader: DataLoader[Any]) -> tuple[Any, Any, str]:

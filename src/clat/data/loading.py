@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clat.data.dataset import Dataset
 from clat.data.decoding import SAMPLE, DecodedLater, UnreadableError, decoded, fitted, is_grey, opened, remark
-from clat.data.labels import Classes, numbered, shortened
+from clat.data.labels import Classes, numbered, shortened, uneven
 from clat.data.sources import EMBEDDED, Holds, find_columns, read_splits, set_aside
 from clat.errors import InputError
 from clat.text import plain
@@ -80,7 +80,8 @@ def load_data(
     read = _Reading(source, table.select_columns([image]), image, rows, size, channels, unreadable == "skip")
     pixels, kept = read.pixels(workers)
     labels = labels if len(kept) == len(labels) else labels[kept]
-    return Dataset(pixels, labels, names, source, split, (*notes, *read.notes))
+    said = uneven(labels, names, source) if label else ()
+    return Dataset(pixels, labels, names, source, split, (*notes, *read.notes, *said))
 
 
 def _check_options(size: Any, channels: Any, workers: Any, holds: Any, unreadable: Any, **texts: Any) -> None:
