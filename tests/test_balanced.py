@@ -75,3 +75,8 @@ def test_it_is_printed_where_classes_differ_much_and_always_in_json(tmp_path, ca
 def test_only_classes_that_differ_much_are_named(counts, named):
     labels = torch.repeat_interleave(torch.arange(2), torch.tensor(counts))
     assert bool(uneven(labels, ("cat", "dog"), "photos")) == named
+
+
+def test_an_only_class_is_named():
+    (said,) = uneven(torch.zeros(3, dtype=torch.int64), ("images",), "photos")
+    assert said == "All images of photos are of one class (images)."

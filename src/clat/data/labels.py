@@ -55,7 +55,9 @@ def numbered(
 
 
 def uneven(labels: Labels, names: Sequence[str], source: str) -> tuple[str, ...]:
-    """A sentence that names the largest and the smallest class, where classes differ much in size; else none."""
+    """A sentence that names the largest and the smallest class where classes differ much in size, or an only class."""
+    if len(names) == 1:
+        return (f"All images of {plain(source)} are of one class ({plain(names[0])[:40]}).",)
     counts = labels.bincount(minlength=len(names)).tolist()
     least, most = min(counts), max(counts)
     if most <= UNEVEN * least or most - least < FEW:

@@ -1,4 +1,4 @@
-"""Images by name: the embedded set, any Hugging Face data set, image folder or parquet file."""
+"""Images by name: the embedded set, any Hugging Face data set, image folder, parquet or CSV file."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -41,14 +41,15 @@ def load_data(
 
     Args:
         source: ``fashion-mnist-mini`` (in the package), a folder of images with one subfolder a class, a folder with
-            parquet files or a saved data set, a parquet file, or the name of a data set on the Hugging Face hub
+            parquet files or a saved data set, a parquet file, a CSV file with the paths of images, or the name of a
+            data set on the Hugging Face hub
         split: ``train`` or ``test``; where there is no ``test``, ``validation`` is read for it
         size: edge in pixels that every image is resized and centre-cropped to; needed if the sizes differ
         image, label: names of the columns; default the image column and the label column found by type and name
         labelled: if not, labels are not looked for, and all images are of class 0
         holds: what a source with one table holds: ``train`` images, ``test`` images or ``both``, of which a fifth,
-            drawn by a fixed seed, is set aside for testing. Default ``both`` for class folders and for a hub set with
-            one split; a parquet file or saved set that does not say is read as ``train`` only
+            drawn by a fixed seed, is set aside for testing. Default ``both`` for class folders, for a CSV file and
+            for a hub set with one split; a parquet file or saved set that does not say is read as ``train`` only
         classes: for labels without names, how they are numbered: see ``clat.data.labels.numbered``
         channels: 1 for grey or 3 for colour; default 3 if any image is in colour
         unreadable: what happens at an image that cannot be decoded: ``refuse`` names it, ``skip`` leaves it out
@@ -80,8 +81,8 @@ def load_data(
     read = _Reading(source, table.select_columns([image]), image, rows, size, channels, unreadable == "skip")
     pixels, kept = read.pixels(workers)
     labels = labels if len(kept) == len(labels) else labels[kept]
-    said = uneven(labels, names, source) if label else ()
-    return Dataset(pixels, labels, names, source, split, (*notes, *read.notes, *said))
+    notes += [*read.notes, *(uneven(labels, names, source) if label else ())]
+    return Dataset(pixels, labels, names, source, split, tuple(notes))
 
 
 def _check_options(size: Any, channels: Any, workers: Any, holds: Any, unreadable: Any, **texts: Any) -> None:
