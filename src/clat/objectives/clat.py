@@ -66,6 +66,9 @@ class Clat(Objective):
     def attacks_pixels(self) -> bool:
         return self.attack != "latent"
 
+    def carries(self) -> bool:
+        return self.attack == "latent"
+
     def learns_from_start(self) -> bool:
         return self.teacher > 0
 

@@ -42,6 +42,9 @@ class FreeAt(Objective):
     def attacks_pixels(self) -> bool:
         return False
 
+    def carries(self) -> bool:
+        return True
+
     def begin(self, start: nn.Module | None = None) -> Objective:
         return _Epoch()
 

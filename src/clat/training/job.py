@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clat.data.dataset import Dataset
 from clat.text import plain
@@ -67,6 +68,12 @@ def prepared(
     )
     for note in job.images.extra.notes if job.images.extra else ():
         job.say(plain(note))
+    if recipe.augment is True and job.images.augment == "resized-crop":
+        job.say("training images are cropped and resized at random (--augment resized-crop)")
+    if recipe.accumulate > 1:
+        job.say(f"each batch is attacked and its gradients are made in parts of {job.images.part_size} images")
+        if any(isinstance(module, _BatchNorm) for module in model.modules()):
+            job.say("BatchNorm in training mode has the statistics of these parts, not of the batch")
     return job
 
 

@@ -20,8 +20,9 @@ from clat.data.arrays import as_dataset
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.evaluation.fits import check_fits
-from clat.network import snapshot
+from clat.network import Images, snapshot
 from clat.text import plain
+from clat.training.batches import TrainingBatch
 from clat.training.claims import claim
 from clat.training.health import check_attack, check_finite, check_learning
 from clat.training.job import Job, prepared, progress_bar
@@ -168,9 +169,10 @@ def _epoch(
         x, y = batch.x, batch.y
         set_rate(optimizer, recipe, _rate(job, epoch, step))
         for _ in range(replays):
-            x_adv = method.attack(x, y, threat=job.images.threat(batch))
-            job.images.keep(batch, x_adv)
-            terms = method.update(optimizer, x, x_adv, y, awp=awp, clip=recipe.clip, share=share)
+            x_adv = _attack(job, batch)
+            terms = method.update(
+                optimizer, x, x_adv, y, parts=recipe.accumulate, awp=awp, clip=recipe.clip, share=share
+            )
             for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=x.device)) + term
         last = step == steps - 1
@@ -184,6 +186,18 @@ def _epoch(
         progress(epoch, 1)
     _average_buffers(job)
     return {name: total.item() / (steps * replays) for name, total in totals.items()}, first_batch
+
+
+def _attack(job: Job, batch: TrainingBatch) -> Images:
+    """Line 13, part by part; the images themselves where the objective attacks none."""
+    found = []
+    for part in batch.parts(job.recipe.accumulate):
+        x_adv = job.method.attack(part.x, part.y, threat=job.images.threat(part))
+        if x_adv is part.x:
+            return batch.x
+        job.images.keep(part, x_adv)
+        found.append(x_adv)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _average_buffers(job: Job) -> None:

@@ -142,6 +142,7 @@ class Method:
         x_adv: Images,
         y: Labels,
         *,
+        parts: int = 1,
         awp: Awp | None = None,
         clip: float | None = None,
         share: Callable[[list[nn.Parameter]], None] = lambda _: None,
@@ -149,19 +150,25 @@ class Method:
         """One step of the optimizer on attacked images; returns the terms of the loss, detached.
 
         Args:
+            parts: into so many the batch is divided, whose gradients are added up
             awp: perturb the weights for this step
             clip: largest norm of the gradient
             share: averages the gradients of these parameters over processes
         """
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        whole = (x, x_adv, y)
+        divided = [whole] if parts == 1 else list(zip(*(each.tensor_split(parts) for each in whole), strict=True))
 
         def backward() -> dict[str, Tensor]:
-            with autocast(x.device, self.precision):
-                terms = self.terms(x, x_adv, y)
-                loss = torch.stack(list(terms.values())).sum()
-            loss.backward()
+            totals: dict[str, Tensor] = {}
+            for images in divided:
+                with autocast(x.device, self.precision):
+                    terms = {name: term * (len(images[0]) / len(x)) for name, term in self.terms(*images).items()}
+                    loss = torch.stack(list(terms.values())).sum()
+                loss.backward()
+                totals = {name: term.detach() + totals.get(name, 0) for name, term in terms.items()}
             share(parameters)
-            return {name: term.detach() for name, term in terms.items()}
+            return totals
 
         with awp.weights(self.model, backward) if awp else nullcontext():
             terms = backward()

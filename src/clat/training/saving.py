@@ -1,14 +1,16 @@
 """What a run writes: its start, each epoch as it ends, and its result; and how a run is resumed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from clat.checkpoint import load_tensors, load_weights, save_checkpoint, save_tensors
 from clat.data.dataset import Dataset
+from clat.data.varying import PolicyName
 from clat.errors import InputError
 from clat.network import State, fingerprint, tensors
 from clat.text import plain
@@ -21,7 +23,7 @@ from clat.training.runs import Run
 from clat.training.validation import Metrics, accuracy
 from clat.tuners.selection import Selection
 
-ADDED = ("warm_start",)  # keys that run folders of earlier versions lack
+ADDED = ("accumulate", "warm_start")  # keys that run folders of earlier versions lack
 
 # The beginning
 
@@ -57,16 +59,20 @@ def check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
     Keys that an objective or tuner got since then must have their defaults.
     """
     wanted, stored = recipe.keys(), run.recipe
-    changed = [key for key in ("objective", "tuner") if stored.get(key, wanted[key]) != wanted[key]]
+    own = [] if stored.get("augment", True) in (True, False, *get_args(PolicyName)) else ["augment"]  # a function
+    changed = [key for key in ("objective", "tuner", *own) if stored.get(key, wanted[key]) != wanted[key]]
     missing = [key for key in wanted if key not in stored and key not in ADDED]
     if missing and not changed:
         raise run.unusable("recipe.yaml", f"is damaged (it lacks {', '.join(missing)})")
     if not changed:
         try:
-            begun = Recipe.from_keys(stored, like=recipe).keys()
+            begun = Recipe.from_keys(stored, like=recipe)
         except InputError as error:
             raise run.unusable("recipe.yaml", f"is damaged ({str(error).rstrip('.')})") from error
-        changed = [key for key in wanted if wanted[key] != begun[key]]
+        if "accumulate" not in stored and begun.augment:  # an earlier clat knew this one alone
+            begun = replace(begun, augment="padded-crop")
+        wanted, found = (replace(each, augment=each.augmentation(data.shape)).keys() for each in (recipe, begun))
+        changed = [key for key in wanted if wanted[key] != found[key]]
     if changed:
         raise InputError(
             f"The run in {run.folder} was started with another {', '.join(changed)}; resume it with the same "
