@@ -58,7 +58,13 @@ def prepared(
     job = Job(
         recipe=recipe,
         method=Method(
-            model, recipe.objective, recipe.tuner, recipe.threat, seed=recipe.seed, precision=recipe.precision
+            model,
+            recipe.objective,
+            recipe.tuner,
+            recipe.threat,
+            seed=recipe.seed,
+            precision=recipe.precision,
+            recompute=recipe.recompute,
         ),
         averaged=Averaged(model, recipe.average),
         images=run_images(recipe, data, processes, workers),

@@ -20,6 +20,7 @@ from clat.objectives import Clat, Objective
 from clat.threat import Threat, fraction
 from clat.training.awp import Awp
 from clat.training.integrity import LayerStatus, status, verify
+from clat.training.recompute import blocks_of, recomputed
 from clat.tuners import Critical, Selection, Tuner
 from clat.tuners.base import Batch
 
@@ -33,8 +34,9 @@ class Method:
         model: takes pixels in [0, 1] (batch, channel, height, width), returns class scores (batch, classes)
         seed: of a random ranking
         precision: of attack and loss; parameters stay fp32
+        recompute: keep less of the forward passes and compute it again (activation checkpointing)
     Raises:
-        InputError: no network, or a wrapper around one
+        InputError: no network, a wrapper around one, or one without blocks to recompute
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Method:
         *,
         seed: int = 0,
         precision: Precision = "fp32",
+        recompute: bool = False,
     ):
         if isinstance(model, DistributedDataParallel):
             raise InputError(
@@ -58,6 +61,7 @@ class Method:
         self.threat = fit("threat", threat, Threat)
         self.seed, self.precision = fit("seed", seed, int), precision
         check_seed("seed", self.seed)
+        self._recomputed = blocks_of(model) if recompute else []
         self.selection: Selection | None = None
         self.selections = 0
         self._before: State = {}  # the network when it was last verified
@@ -112,13 +116,14 @@ class Method:
         Args:
             threat: for this batch in place of the method's own, with the same ball
         """
-        with autocast(x.device, self.precision):
+        with autocast(x.device, self.precision), recomputed(self._recomputed):
             x_adv = self._running.perturb(self.model, x, y, self.threat if threat is None else threat)
         return x if x_adv is x else self.threat.project(x_adv, x)
 
     def terms(self, x: Images, x_adv: Images, y: Labels, *, through: nn.Module | None = None) -> dict[str, Tensor]:
         """The weighted terms of the loss, by name. Frozen layers run in eval mode, whatever the caller set."""
-        with self._selected().mode(self.model), autocast(x.device, self.precision):
+        mode, precision = self._selected().mode(self.model), autocast(x.device, self.precision)
+        with mode, precision, recomputed(self._recomputed):
             return self._running.loss(self.model if through is None else through, x, x_adv, y)
 
     def loss(self, x: Images, y: Labels, *, through: nn.Module | None = None) -> Tensor:

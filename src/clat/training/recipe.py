@@ -71,6 +71,8 @@ class Recipe:
             device computes in it natively, else fp32
         layout: of the kernels while the network trains: contiguous (as torch makes them) or channels-last; auto is
             channels-last on CPUs and CUDA if the network works with it. The run's recipe.yaml holds what auto became
+        recompute: keep only the inputs of a network's blocks for the gradient, in attacks and loss, and compute the
+            blocks again (activation checkpointing): less memory, more time, the same numbers
         compile: compile the network with torch.compile, in attacks, loss and validation; passes that features are
             observed in run uncompiled. The first steps of a run take up to a minute longer
         augment: what training images go through at random: padded-crop (4 pixels of padding, crop and flip),
@@ -109,6 +111,7 @@ class Recipe:
     clip: float | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     layout: Literal["auto", "contiguous", "channels-last"] = "auto"
+    recompute: bool = False
     compile: bool = False
     augment: bool | PolicyName | Callable[[Tensor], Tensor] = True
     images: int | None = None
@@ -146,6 +149,8 @@ class Recipe:
                 f"accumulate works without {self.objective.name} as it is set here, which carries a perturbation from "
                 "the attack on a whole batch to its loss."
             )
+        if self.recompute and self.compile:
+            raise InputError("recompute works without compile; set one of them to false.")
         for key in ("lr", "clip"):
             value = getattr(self, key)
             if value is not None and not value > 0:

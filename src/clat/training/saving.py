@@ -23,7 +23,7 @@ from clat.training.runs import Run
 from clat.training.validation import Metrics, accuracy
 from clat.tuners.selection import Selection
 
-ADDED = ("accumulate", "warm_start")  # keys that run folders of earlier versions lack
+ADDED = ("accumulate", "recompute", "warm_start")  # keys that run folders of earlier versions lack
 
 # The beginning
 
