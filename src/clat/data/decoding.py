@@ -19,6 +19,7 @@ from clat.errors import InputError
 from clat.text import plain
 
 GREY = ("1", "L", "LA", "La", "I", "F")  # and I;16 in either byte order
+RESIDENT_BYTES = 2 * 2**30  # sets up to this size are kept as uint8 tensors on the device
 SAMPLE = 1000  # images looked at before a set that is decoded later is read: the first ones, and this many at random
 
 
@@ -142,10 +143,7 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
         """
         index, seed = key
         try:
-            image = opened(self.table[index][self.column])
-            if self.size[0] == 1 and not (self.recolour or is_grey(image)):
-                raise UnreadableError("it is in colour, and those looked at first were grey; give channels=1 or 3")
-            pixels = decoded(image, self.size[0])
+            pixels = self.decoded(index)
             if self.policy is None:
                 return fitted(pixels, self.size[1:], self.resize)
             pixels = varied(self.policy, pixels, seed)
@@ -156,6 +154,13 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
             return InputError(f"An image, at place {index}, cannot be read: {error}.")
         except InputError as error:
             return error
+
+    def decoded(self, index: int) -> Tensor:
+        """The image at a position, uint8 (channel, height, width) of its own height and width."""
+        image = opened(self.table[index][self.column])
+        if self.size[0] == 1 and not (self.recolour or is_grey(image)):
+            raise UnreadableError("it is in colour, and those looked at first were grey; give channels=1 or 3")
+        return decoded(image, self.size[0])
 
     @property
     def fingerprint(self) -> str:

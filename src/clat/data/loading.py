@@ -9,13 +9,22 @@ import torch
 from torch import Tensor
 
 from clat.data.dataset import Dataset
-from clat.data.decoding import SAMPLE, DecodedLater, UnreadableError, decoded, fitted, is_grey, opened, remark
+from clat.data.decoding import (
+    RESIDENT_BYTES,
+    SAMPLE,
+    DecodedLater,
+    UnreadableError,
+    decoded,
+    fitted,
+    is_grey,
+    opened,
+    remark,
+)
 from clat.data.labels import Classes, numbered, shortened, uneven
 from clat.data.sources import EMBEDDED, Holds, find_columns, read_splits, set_aside
 from clat.errors import InputError
 from clat.text import plain
 
-RESIDENT_BYTES = 2 * 2**30  # sets up to this size are kept as uint8 tensors on the device
 LARGEST_EDGE = 4096  # pixels that images may be resized to
 
 # The options of data named on the command line, after commas.
