@@ -1,8 +1,8 @@
-"""Speed and memory, side by side; writes bench.json, memory.json and loading.json in results/, for `make docs`.
+"""Speed, memory and loading; writes results/bench.json, results/memory.json and results/loading.json for `make docs`.
 
     python bench/run.py            every part, about 30 minutes on two cores; leave the machine alone meanwhile
     python bench/run.py memory     only what a step keeps in memory, which a busy machine does not disturb
-    python bench/run.py loading    only how long a step waits for images that workers decode, about 5 minutes
+    python bench/run.py loading    only how long a step waits for images that workers decode, about 3 minutes
 
 What was measured in the same environment is not measured again.
 """
@@ -19,7 +19,7 @@ import loading
 import memory
 import times
 import torch
-from steps import FEATURE, PGD_AT, STEPS, Training
+from steps import STEPS, Training
 
 from clat.compute import Precision, best_device
 from clat.files import write_text
@@ -64,14 +64,10 @@ def memory_parts(device: str) -> dict[str, Part]:
 
 
 def loading_parts(device: str) -> dict[str, Part]:
+    """With an attack of one step, where the images have to come fastest."""
     fast = Training(PgdAt(), Whole(), Threat(eps=0.03, step=0.03, steps=1))
-    waiting = partial(loading.waiting, "timm/mobilenetv3_small_100", device=device, batch=16, steps=8)
-    return {
-        "pgd-at, 2 workers": partial(waiting, PGD_AT, workers=2),
-        "clat feature, 2 workers": partial(waiting, FEATURE, workers=2),
-        "one attack step, 2 workers": partial(waiting, fast, workers=2),
-        "one attack step, 0 workers": partial(waiting, fast, workers=0),
-    }
+    waiting = partial(loading.waiting, "timm/mobilenetv3_small_100", fast, device, batch=16, steps=8)
+    return {f"{workers} workers": partial(waiting, workers=workers) for workers in (0, 2)}
 
 
 def run(todo: dict[str, Part], target: Path, device: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Random crops of training images: small ones in memory, large ones decoded by workers, and a user's own function."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +161,14 @@ def test_a_function_at_fault_is_named_in_one_sentence_also_from_a_worker(tmp_pat
             list(data.batches(2, workers=workers, vary=vary))
 
 
+def test_the_code_in_the_docs_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/data.md", "exec"), {})
+    assert "%" in capsys.readouterr().out
+
+
 def test_what_cannot_be_undone_is_refused_with_a_warm_start():
     with pytest.raises(InputError, match="warm_start works with augment padded-crop or false"):
         Recipe(warm_start=True, augment="resized-crop")
@@ -179,7 +189,7 @@ def test_an_unreadable_image_stops_training_with_its_place_or_is_left_out(photos
     whole = (tmp_path / "photos/train/cat/3.jpg").read_bytes()
     (tmp_path / "photos/train/cat/3.jpg").write_bytes(whole[: len(whole) // 2])
     model = clat.build_model("rn18", 2, channels=1, width=4)
-    with pytest.raises(InputError, match=r"^An image, at place \d+, cannot be read"):
+    with pytest.raises(InputError, match=r"^An image, at place \d+, cannot be read: .*cat/3.jpg.*unreadable=skip"):
         train(RECIPE, model, load_data(photos, size=32, stream=True), out=tmp_path / "run", workers=1)
     data = load_data(photos, size=32, stream=True, unreadable="skip")
     assert "left out: 1 (" in data.notes[0]

@@ -51,7 +51,8 @@ def evaluate(
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name
-        data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
+        data: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g.
+            uoft-cs/cifar100,label=fine_label
         model: the network of weights that cannot or do not name it, such as your file.py:factory
         tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000), full (AutoAttack on all) or
             blackbox (Square alone on 1,000), for networks without gradients

@@ -91,6 +91,9 @@ class ReadLater(DecodedLater):
             raise InputError(f"The images of {self.column} have several sizes ({first} and {other}, for example).")
         return pixels[0].expand(self.size[0], -1, -1)
 
+    def where(self, index: int) -> str:
+        return ""
+
     @property
     def fingerprint(self) -> str:
         """Of the number of images and some of them: reading all takes too long."""

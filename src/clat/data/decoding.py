@@ -151,7 +151,7 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
                 check_size(pixels, self.size[1:])
             return fitted(pixels, self.size[1:], min(self.size[1:]))
         except UnreadableError as error:
-            return InputError(f"An image, at place {index}, cannot be read: {error}.")
+            return InputError(f"An image, at place {index}, cannot be read: {error}{self.where(index)}.")
         except InputError as error:
             return error
 
@@ -159,8 +159,17 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
         """The image at a position, uint8 (channel, height, width) of its own height and width."""
         image = opened(self.table[index][self.column])
         if self.size[0] == 1 and not (self.recolour or is_grey(image)):
-            raise UnreadableError("it is in colour, and those looked at first were grey; give channels=1 or 3")
+            raise InputError(
+                f"An image, at place {index}, cannot be read: it is in colour, and those looked at first were grey; "
+                "give channels=1 or 3."
+            )
         return decoded(image, self.size[0])
+
+    def where(self, index: int) -> str:
+        """The image's file, if it is known, and what to do about an image that cannot be read, for a message."""
+        entry = self.table[index][self.column]
+        path = entry.get("path") if isinstance(entry, dict) else None
+        return f"{f' ({plain(path)})' if path else ''}; remove it, or leave such images out with unreadable=skip"
 
     @property
     def fingerprint(self) -> str:
