@@ -177,7 +177,7 @@ def from_text(text: str, annotation: Any, parse: Any) -> Any:
         value = parse(text)
     except ValueError:
         return text
-    return text if is_text and not isinstance(value, bool) else _number(value, annotation)
+    return text if is_text and isinstance(value, str) else _number(value, annotation)
 
 
 def built(name: str, value: Any, annotation: Any) -> Any:

@@ -122,8 +122,12 @@ class Dataset:
 
     def statistics(self, most: int = 10_000) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over the first ``most`` images, pixels in [0, 1]."""
-        pixels = torch.cat([to_unit(x).cpu() for x, _ in self.first(most).batches(1000)])
-        std, mean = torch.std_mean(pixels.double(), dim=(0, 2, 3))
+        counts = torch.zeros(self.shape[0], 256, dtype=torch.int64)  # of each of the 256 values, channel by channel
+        for x, _ in self.first(most).batches(100):
+            counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in x.unbind(1)]).cpu()
+        values, n = to_unit(torch.arange(256)).double(), counts[0].sum()
+        mean = counts.double() @ values / n
+        std = ((counts * (values - mean[:, None]) ** 2).sum(1) / (n - 1)).sqrt()
         return [round(v, 4) for v in mean.tolist()], [max(round(v, 4), 1e-4) for v in std.tolist()]
 
     def digest(self) -> str:
