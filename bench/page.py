@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, made from results/bench.json and results/memory.json by `make docs`."""
+"""The tables of docs/performance.md, made from bench.json, memory.json and loading.json in results/ by `make docs`."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -102,6 +102,14 @@ def others(parts: Parts) -> list[str]:
     ]
 
 
+def loading(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["| worker processes | s a step | waiting for images | share |", "|---|---|---|---|"]
+    for row in rows:
+        whole, waited = (statistics.mean(row[name][1:]) for name in ("seconds", "waited"))
+        lines.append(f"| {row['workers']} | {whole:.2f} | {waited:.3f} s | {100 * row['share']:.1f} % |")
+    return lines
+
+
 TABLES: dict[str, Callable[[Parts], list[str]]] = {
     "steps": steps,
     "depth": lambda parts: by_depth(parts["by depth"]),
@@ -111,4 +119,5 @@ TABLES: dict[str, Callable[[Parts], list[str]]] = {
     "kept": lambda parts: memory([parts["kept fp32"], parts["kept bf16"]]),
     "peak memory": lambda parts: memory([parts["memory fp32"], parts["memory bf16"]]),
     "others": others,
+    "loading": lambda parts: loading([row for name, row in parts.items() if name.endswith(" workers")]),
 }

@@ -1,7 +1,8 @@
-"""Speed and memory, side by side; writes results/bench.json and results/memory.json, from which `make docs` has tables.
+"""Speed, memory and loading; writes results/bench.json, results/memory.json and results/loading.json for `make docs`.
 
     python bench/run.py            every part, about 30 minutes on two cores; leave the machine alone meanwhile
     python bench/run.py memory     only what a step keeps in memory, which a busy machine does not disturb
+    python bench/run.py loading    only how long a step waits for images that workers decode, about 3 minutes
 
 What was measured in the same environment is not measured again.
 """
@@ -14,14 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import loading
 import memory
 import times
 import torch
-from steps import STEPS
+from steps import STEPS, Training
 
 from clat.compute import Precision, best_device
 from clat.files import write_text
+from clat.objectives import PgdAt
+from clat.threat import Threat
 from clat.training.environment import environment
+from clat.tuners import Whole
 
 RESULTS = Path(__file__).parents[1] / "results"
 BATCH = {"rn18": 16, "rn50": 4, "dn121": 4, "vgg19": 16, "preactrn18": 16, "wrn34-10": 2}  # a step takes some seconds
@@ -58,6 +63,13 @@ def memory_parts(device: str) -> dict[str, Part]:
     }
 
 
+def loading_parts(device: str) -> dict[str, Part]:
+    """With an attack of one step, where the images have to come fastest."""
+    fast = Training(PgdAt(), Whole(), Threat(eps=0.03, step=0.03, steps=1))
+    waiting = partial(loading.waiting, "timm/mobilenetv3_small_100", fast, device, batch=16, steps=8)
+    return {f"{workers} workers": partial(waiting, workers=workers) for workers in (0, 2)}
+
+
 def run(todo: dict[str, Part], target: Path, device: str) -> dict[str, Any]:
     """Runs what the file does not have yet from this environment and writes it after each part."""
     about = environment(torch.device(device), argv=[])
@@ -77,6 +89,6 @@ def run(todo: dict[str, Part], target: Path, device: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     device = best_device()
-    run(memory_parts(device), RESULTS / "memory.json", device)
-    if "memory" not in sys.argv[1:]:
-        run(parts(device), RESULTS / "bench.json", device)
+    every = {"memory": memory_parts, "loading": loading_parts, "bench": parts}
+    for name in sys.argv[1:] or every:
+        run(every[name](device), RESULTS / f"{name}.json", device)

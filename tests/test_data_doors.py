@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 from clat.cli import shared
 from clat.cli.main import main
 from clat.cli.shared import data_named, fitting
-from clat.data import loading
+from clat.data import arrays, loading
 from clat.data.arrays import as_dataset
 from clat.data.dataset import Dataset
 from clat.data.loading import load_data
@@ -162,7 +162,7 @@ def test_every_usual_mode_is_read(tmp_path, mode, channels):
     data = load_data(str(tmp_path / "photos"))
     assert data.shape == (channels, 4, 4)
     assert (data.pixels == 255).all()
-    assert bool(data.notes) == (mode in ("RGBA", "CMYK", "LA"))
+    assert bool(data.notes[:-1]) == (mode in ("RGBA", "CMYK", "LA"))  # the last: there is one class
 
 
 # Labels
@@ -434,6 +434,45 @@ def test_a_loader_gives_only_the_images_it_chooses():
         DataLoader(table, batch_sampler=[[4], [2, 0]]),
     ):
         assert torch.equal(as_dataset(chosen).pixels, COLOUR[[0, 2, 4]])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("targets", [True, False])
+def test_a_large_torch_data_set_is_read_as_it_is_needed(monkeypatch, workers, targets):
+    monkeypatch.setattr(arrays, "RESIDENT_BYTES", 0)
+    items = Items([(Image.fromarray(x.permute(1, 2, 0).numpy()), int(y)) for x, y in zip(COLOUR, KINDS, strict=True)])
+    if targets:
+        items.targets = KINDS.tolist()
+    for source in (items, TensorDataset(COLOUR / 255, KINDS), DataLoader(items, batch_size=4, shuffle=True)):
+        data = as_dataset(source)
+        assert not data.resident
+        assert data.shape == COLOUR.shape[1:]
+        assert torch.equal(data.labels, KINDS)
+        some = data.subset(torch.tensor([4, 0, 2]))
+        x, y = next(some.batches(3, workers=workers))
+        assert torch.equal(x, COLOUR[[4, 0, 2]])
+        assert torch.equal(y, KINDS[[4, 0, 2]])
+        assert data.digest() == as_dataset(source).digest() != some.digest()
+
+
+def test_what_a_large_torch_data_set_cannot_give_ends_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(arrays, "RESIDENT_BYTES", 0)
+    first = [(COLOUR[0], 0)] * 32
+
+    def broken():
+        raise OSError("no such\nfile")
+
+    for item, says in {
+        broken: r"^An image, at place 32, cannot be read: OSError: no such",
+        lambda: (COLOUR[0, :, :3], 0): "have several sizes .3x5x4 and 3x3x4",
+    }.items():
+        items = Items([*first, item])
+        items.targets = [0, 1] * 16 + [0]
+        data = as_dataset(items)
+        for workers in (0, 1):
+            with pytest.raises(InputError, match=says) as caught:
+                list(data.batches(40, workers=workers))
+            assert "\n" not in str(caught.value)
 
 
 def test_floats_that_are_no_multiples_of_a_level_are_rounded_and_this_is_said():

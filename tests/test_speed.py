@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -452,10 +453,27 @@ def test_the_bench_runs(bench, tmp_path):
     assert run.run(parts, target, "cpu") == found
 
 
+def test_the_bench_says_how_long_a_step_waits_for_images(bench, monkeypatch):
+    """A slow disk is noticed: each image takes 50 ms more, and nothing reads ahead without workers."""
+    from clat.data import decoding
+
+    loading, steps = bench("loading"), bench("steps")
+    monkeypatch.setattr(loading, "PHOTO", (48, 64))
+    small, fast = "timm/mobilenetv3_small_050", steps.Training(steps.PgdAt(), steps.Whole(), steps.Threat(steps=1))
+    usual = loading.waiting(small, fast, "cpu", batch=4, steps=3, workers=0, size=32)
+    assert len(usual["seconds"]) == len(usual["waited"]) == 3
+    real = decoding.opened
+    monkeypatch.setattr(decoding, "opened", lambda entry: time.sleep(0.05) or real(entry))
+    slow = loading.waiting(small, fast, "cpu", batch=4, steps=3, workers=0, size=32)
+    assert min(slow["waited"]) > 0.2
+    assert 0 < usual["share"] < slow["share"] < 1
+
+
 def test_the_bench_measures_what_its_page_shows(bench):
     """Each part of ``bench/run.py`` is in the committed results, and no other."""
     run, results = bench("run"), Path(__file__).parents[1] / "results"
-    for name, parts in {"bench": run.parts("cpu"), "memory": run.memory_parts("cpu")}.items():
+    every = {"bench": run.parts("cpu"), "memory": run.memory_parts("cpu"), "loading": run.loading_parts("cpu")}
+    for name, parts in every.items():
         assert set(json.loads((results / f"{name}.json").read_text())["parts"]) == set(parts)
 
 

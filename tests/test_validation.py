@@ -96,6 +96,7 @@ OUT_OF_RANGE = [
     (None, "batch_size", 0), (None, "images", 0), (None, "validation_steps", -1), (None, "seed", 2**40),
     (None, "milestones", [0, 3]), (None, "milestones", [3, 3]), (None, "milestones", [5, 2]),
     (None, "milestones", [1.5]), (None, "milestones", 3), (None, "augment", "maybe"), (None, "augment", 1),
+    (None, "accumulate", 0), (None, "recompute", 1),
     ("threat", "steps", -1), ("threat", "steps", 1.5), ("threat", "steps", True), ("threat", "eps", 0),
     ("threat", "eps", -1), ("threat", "eps", 2), ("threat", "eps", "1e999999999"), ("threat", "eps", "1/0"),
     ("threat", "step", "nan"), ("awp", "gamma", 8), ("awp", "gamma", -0.01), ("awp", "warmup", -1),

@@ -137,7 +137,8 @@ def same_attacks() -> Lines:
 
 
 def bench(name: str) -> Lines:
-    return page.TABLES[name](results("bench")["parts"] | results("memory")["parts"])
+    parts = [results(file)["parts"] for file in ("bench", "memory", "loading")]
+    return page.TABLES[name](parts[0] | parts[1] | parts[2])
 
 
 # From the code

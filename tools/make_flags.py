@@ -91,6 +91,9 @@ def kind(annotation: Any) -> dict[str, Any]:
         return {"metavar": f"{{{','.join(words)}}}", "choices": words}
     if block_of(annotation):
         return {"metavar": "{key: value, ...}"}
+    words = [word for each in get_args(annotation) if get_origin(each) is Literal for word in get_args(each)]
+    if words and bool in get_args(annotation):
+        return {"metavar": "|".join(["true", "false", *words])}
     plain = next((each for each in get_args(annotation) if type(None) in get_args(annotation)), annotation)
     return {"metavar": METAVARS.get(annotation, METAVARS.get(plain, "TEXT" if plain is str else "LIST"))}
 

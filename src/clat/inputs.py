@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from fractions import Fraction
 from functools import cache
@@ -136,6 +136,8 @@ def fit(name: str, value: Any, annotation: Any) -> Any:
         _check_size(name, value)
         return float(value)
     for kind in kinds:
+        if get_origin(kind) is Callable and callable(value):
+            return value
         if kind is int and _is_whole(value):
             _check_size(name, value)
             return int(value)
@@ -153,7 +155,7 @@ def fit(name: str, value: Any, annotation: Any) -> Any:
             return value
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if words:
-        check_word(name, value, words)
+        check_word(name, value, [*words, *(["true", "false"] if bool in kinds else [])])
     wanted = " or ".join(dict.fromkeys(_described(kind) for kind in kinds))
     raise InputError(f"{name} is {shown(value)}; it must be {wanted}.")
 
@@ -191,12 +193,14 @@ def from_text(text: str, annotation: Any, parse: Any) -> Any:
         parse: reads YAML and raises ValueError for anything else; such text stays text and is refused later
     """
     kinds = _kinds(annotation)
-    if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
+    is_text = str in kinds or any(get_origin(kind) is Literal for kind in kinds)
+    if is_text and bool not in kinds:
         return None if text == "null" and type(None) in kinds else text
     try:
-        return _number(parse(text), annotation)
+        value = parse(text)
     except ValueError:
         return text
+    return text if is_text and isinstance(value, str) else _number(value, annotation)
 
 
 def built(name: str, value: Any, annotation: Any) -> Any:

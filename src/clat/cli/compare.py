@@ -49,7 +49,7 @@ def compare(
 
     Args:
         file: a YAML file, or the name of a comparison that ships with clat, e.g. random-or-critical
-        data: the data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        data: the data: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g. photos,size=64
         out: the comparison's folder: run folders, result.json, table.md and curves.png
         scale: full, or one of the file's scales, such as small
         seeds: in place of the file's

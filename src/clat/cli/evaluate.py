@@ -10,6 +10,7 @@ from clat.attacks import tier as make_tier
 from clat.cli.attacking import network_path, opened, records, say_measured, say_read, showing, talking
 from clat.cli.shared import is_beside_the_first, write_json
 from clat.cli.tables import attack_name, duration, evaluation_table, plan
+from clat.data.labels import uneven
 from clat.evaluation.accuracy import Result, worst_case
 from clat.evaluation.cost import pass_seconds
 from clat.evaluation.evaluate import evaluate as evaluate_model
@@ -44,11 +45,14 @@ def evaluate(
 ) -> None:
     """Measures clean and robust accuracy under a tier of attacks, with counts and 95 % Wilson intervals.
 
+    Where classes differ much in size, the balanced accuracy, the mean over classes, stands beside it.
+
     If an evaluation is interrupted, the same command continues it.
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name
-        data: a Hugging Face name, folder or parquet file; options after commas, e.g. uoft-cs/cifar100,label=fine_label
+        data: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g.
+            uoft-cs/cifar100,label=fine_label
         model: the network of weights that cannot or do not name it, such as your file.py:factory
         tier: quick (PGD on 512 images), standard (APGD-CE and targeted APGD on 1,000), full (AutoAttack on all) or
             blackbox (Square alone on 1,000), for networks without gradients
@@ -99,7 +103,7 @@ def evaluate(
             )
         results.append(result)
         say_read([result.from_record], talk)
-        talk.print(evaluation_table(result))
+        talk.print(evaluation_table(result, balanced=bool(uneven(found.data.labels, found.data.classes, data))))
     facts = {"network": network_path(network), "tier": tier, **results[0].to_json()}
     if repeats > 1:
         facts["repeats"] = _repeated(results, talk)

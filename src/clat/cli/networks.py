@@ -56,7 +56,8 @@ def layers(
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name, which starts at random weights
-        data: images to attack: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        data: images to attack: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g.
+            photos,size=64
         model: the network of weights that cannot or do not name it, such as your file.py:factory
         split: split of the data
         batch: number of images, drawn at random

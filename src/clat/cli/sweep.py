@@ -47,7 +47,7 @@ def sweep(
 
     Args:
         networks: checkpoints, run folders (their best checkpoints) or model names
-        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        data: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g. photos,size=64
         model: the network of weights that cannot or do not name it, such as your file.py:factory
         over_eps: radii of the ball in pixels of [0, 1], 0 being clean, or none to leave this curve out
         over_steps: numbers of PGD steps, each eps / 4 long, or none to leave this curve out

@@ -100,8 +100,12 @@ def plan(attacks: Sequence[Attack]) -> list[str]:
     return lines
 
 
-def evaluation_table(result: Result) -> Table:
-    """An evaluation for a terminal: what was left after each attack, with counts and 95 % Wilson intervals."""
+def evaluation_table(result: Result, *, balanced: bool = False) -> Table:
+    """An evaluation for a terminal: what was left after each attack, with counts and 95 % Wilson intervals.
+
+    Args:
+        balanced: show the balanced accuracies, too
+    """
     table = Table(box=None, header_style="bold", title_justify="left")
     for heading in ("", "accuracy", "broken", "time"):
         table.add_column(heading, justify="right" if heading in ("broken", "time") else "left")
@@ -110,6 +114,9 @@ def evaluation_table(result: Result) -> Table:
         broken = f"{attack.broken} of {attack.attacked}"
         table.add_row(plain(attack.name), str(attack.robust), broken, duration(attack.seconds))
     table.add_row("robust", str(result.robust), style="bold")
+    if balanced:
+        table.add_row("balanced clean", str(result.balanced_clean), "", "")
+        table.add_row("balanced robust", str(result.balanced_robust), style="bold")
     return table
 
 

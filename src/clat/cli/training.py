@@ -47,7 +47,8 @@ def train(
     Args:
         model: a network such as rn18, timm/NAME, torchvision/NAME or your file.py:factory; options after commas, e.g.
             rn18,width=16 or normalise=none
-        data: training images: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        data: training images: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g.
+            photos,size=64
         out: the run folder
         resume: continue the run in that folder after its last finished epoch
         overwrite: replace the run in that folder

@@ -41,7 +41,7 @@ def transfer(
 
     Args:
         networks: two or more checkpoints, run folders (their best checkpoints) or model names
-        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        data: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g. photos,size=64
         model: the network of weights that cannot or do not name it, such as your file.py:factory
         attack: pgd, from a random start, or activation (Inkawhich et al. 2019), which is made to transfer
         layer: whose feature the activation attack moves; one for all networks, or one for each, after commas

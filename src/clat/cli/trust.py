@@ -37,7 +37,7 @@ def trust(
 
     Args:
         network: a checkpoint, a run folder (its best checkpoint), or a model name
-        data: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
+        data: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g. photos,size=64
         model: the network of weights that cannot or do not name it, such as your file.py:factory
         split: split of the data
         eps: radius of the ball in pixels of [0, 1], e.g. 8/255

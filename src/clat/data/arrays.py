@@ -1,5 +1,7 @@
 """Images that are in memory already, or in a torch data set or loader, as a Dataset."""
 
+import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -11,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clat.data.dataset import Dataset
-from clat.data.decoding import UnreadableError, decoded
-from clat.data.labels import Classes, numbered
+from clat.data.decoding import RESIDENT_BYTES, DecodedLater, UnreadableError, decoded
+from clat.data.labels import Classes, numbered, uneven
 from clat.errors import InputError
 from clat.text import plain
 
@@ -20,14 +22,17 @@ EXACT = 1e-3  # floats that times 255 are this close to whole numbers came from 
 
 
 def as_dataset(source: Any, classes: Classes = None) -> Dataset:
-    """Images and labels in the forms that other code uses, as a ``Dataset``. They are read once, into memory.
+    """Images and labels in the forms that other code uses, as a ``Dataset``.
+
+    They are read once, into memory. A torch data set of more than 2 GiB is read item by item whenever images are
+    needed, by worker processes; its labels are its ``targets``, or come from one reading of all items.
 
     Args:
         source: a ``Dataset``, returned as it is; a pair (images, labels) of tensors or arrays; a torch data set of
             (image, label); or a ``DataLoader``, of which the chosen images are read in the order of its data set.
-            Images are uint8, or floats in [0, 1], (n, channel, height, width) with 1 or 3 channels; channels last and
-            grey images without a channel are recognised. Transforms must neither normalise nor augment: networks take
-            pixels in [0, 1], and ``augment`` is a recipe's key
+            Images are Pillow's, or uint8, or floats in [0, 1], (n, channel, height, width) with 1 or 3 channels;
+            channels last and grey images without a channel are recognised. Transforms must neither normalise nor
+            augment: networks take pixels in [0, 1], and ``augment`` is a recipe's key
         classes: their names, their number, or ``auto``; default the data set's own names, else 0, 1, 2 ...
     Returns:
         the images as uint8. Floats that are not multiples of 1/255 are rounded to these, and ``notes`` says so
@@ -42,7 +47,7 @@ def as_dataset(source: Any, classes: Classes = None) -> Dataset:
         images, labels, name = _from_loader(source)
         source = source.dataset
     elif isinstance(source, torch.utils.data.Dataset):
-        images, labels = _unzipped(_items(source), name := _name(source))
+        images, labels = _read(source, None, name := _name(source))
     else:
         raise InputError(
             f"A {type(source).__name__} is no data; give a clat.Dataset, (images, labels), a torch data set or a "
@@ -52,7 +57,7 @@ def as_dataset(source: Any, classes: Classes = None) -> Dataset:
     pixels, said = _pixels(images, name)
     values = _values(labels, len(pixels), name)
     numbers, named, numbering = numbered(values, names, source=name)
-    return Dataset(pixels, numbers, named, name, "given", (*said, *numbering))
+    return Dataset(pixels, numbers, named, name, "given", (*said, *numbering, *uneven(numbers, named, name)))
 
 
 def _from_loader(loader: DataLoader[Any]) -> tuple[Any, Any, str]:
@@ -65,7 +70,65 @@ def _from_loader(loader: DataLoader[Any]) -> tuple[Any, Any, str]:
     batched = loader.batch_sampler if loader.batch_size is None and loader.batch_sampler is not None else None
     with torch.random.fork_rng(devices=[]):  # a sampler that shuffles draws a seed
         places = sorted(chain.from_iterable(batched) if batched is not None else map(int, loader.sampler))
-    return *_unzipped(_items(data, places), name), name
+    return *_read(data, places, name), name
+
+
+class ReadLater(DecodedLater):
+    """Images of a torch data set too large for memory, read item by item as they are needed."""
+
+    def __init__(self, data: Any, name: str, size: tuple[int, ...]):
+        super().__init__(data, name, size, resize=None)
+
+    def decoded(self, index: int) -> Tensor:
+        try:
+            item = self.table[index]
+        except Exception as error:  # the data set may raise anything
+            raise UnreadableError(plain(f"{type(error).__name__}: {error}")) from error
+        x, _ = _channels_first(_unzipped([item], self.column)[0], self.column)
+        pixels = x if x.dtype == torch.uint8 else _pixels(x, self.column)[0]
+        if pixels.shape[2:] != self.size[1:] or (pixels.shape[1], self.size[0]) == (3, 1):
+            first, other = ("x".join(map(str, shape)) for shape in (self.size, pixels.shape[1:]))
+            raise InputError(f"The images of {self.column} have several sizes ({first} and {other}, for example).")
+        return pixels[0].expand(self.size[0], -1, -1)
+
+    def where(self, index: int) -> str:
+        return ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the number of images and some of them: reading all takes too long."""
+        content = hashlib.sha256(f"{self.column} {len(self)}".encode())
+        for place in range(0, len(self), max(1, len(self) // 32)):
+            content.update(self.decoded(place).numpy().tobytes())
+        return content.hexdigest()
+
+    def subset(self, indices: Tensor) -> "ReadLater":
+        return ReadLater(torch.utils.data.Subset(self.table, indices.tolist()), self.column, self.size)
+
+
+def _read(data: Any, places: Sequence[int] | None, name: str) -> tuple[Any, Any]:
+    """The images, in memory or read as they are needed, and the labels of a torch data set at these places."""
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or not len(data):
+        return _unzipped(_items(data, places), name)
+    chosen = range(len(data)) if places is None else places
+    first, _ = _unzipped(_items(data, chosen[:32]), name)
+    shape = tuple(_pixels(first, name)[0].shape[1:])
+    if len(chosen) * math.prod(shape) <= RESIDENT_BYTES:
+        return _unzipped(_items(data, places), name)
+    labels = _targets(data)
+    labels = [data[place][1] for place in chosen] if labels is None else [labels[place] for place in chosen]
+    return ReadLater(torch.utils.data.Subset(data, list(chosen)), name, shape), labels
+
+
+def _targets(data: Any) -> Sequence[Any] | None:
+    """The labels that torchvision's data sets hold beside their images."""
+    if isinstance(data, torch.utils.data.Subset):
+        labels = _targets(data.dataset)
+        return None if labels is None else [labels[place] for place in data.indices]
+    labels = getattr(data, "targets", None)
+    changed = getattr(data, "target_transform", None) is not None
+    fits = isinstance(labels, (list, Tensor, np.ndarray)) and len(labels) == len(data)
+    return labels if fits and not changed else None
 
 
 def _items(data: Any, places: Sequence[int] | None = None) -> list[Any]:
@@ -116,8 +179,34 @@ def _of_pictures(pictures: Sequence[PIL.Image.Image], name: str) -> list[Tensor]
     return [pixels.expand(channels, -1, -1) for pixels in found]
 
 
-def _pixels(images: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
+def _pixels(images: Any, name: str) -> tuple[Any, tuple[str, ...]]:
     """uint8 (n, channel, height, width), and what was assumed."""
+    if isinstance(images, ReadLater):
+        return images, ()
+    x, said = _channels_first(images, name)
+    if x.dtype == torch.uint8:
+        if x.max() == 1:
+            raise InputError(
+                f"The uint8 pixels of {name} are all 0 or 1; give floats in [0, 1], or multiply by 255 if these are "
+                "black and white."
+            )
+        return x.contiguous(), tuple(said)
+    if x.is_floating_point():
+        pixels, most = _rounded(x, name)
+        if most > EXACT:
+            said.append(f"The floats of {name} are rounded to multiples of 1/255, by {most / 255:.1g} at most.")
+        return pixels.contiguous(), tuple(said)
+    if x.dtype == torch.bool or x.is_complex() or x.min() < 0 or x.max() > 255:
+        kind = str(x.dtype).removeprefix("torch.")
+        span = "" if x.dtype == torch.bool or x.is_complex() else f" from {int(x.min())} to {int(x.max())}"
+        raise InputError(
+            f"The pixels of {name} are {kind}{span}; scale them to uint8 in 0...255 or to floats in [0, 1]."
+        )
+    return x.to(torch.uint8).contiguous(), tuple(said)
+
+
+def _channels_first(images: Any, name: str) -> tuple[Tensor, list[str]]:
+    """(n, channel, height, width) of any type, and what was assumed."""
     if not isinstance(images, (Tensor, np.ndarray)):
         raise InputError(f"The images of {name} are of type {type(images).__name__}; give a tensor or an array.")
     try:
@@ -139,25 +228,7 @@ def _pixels(images: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
             )
         x = x.permute(0, 3, 1, 2)
         said.append(f"The images of {name} have their channels last; they are put first.")
-    if x.dtype == torch.uint8:
-        if x.max() == 1:
-            raise InputError(
-                f"The uint8 pixels of {name} are all 0 or 1; give floats in [0, 1], or multiply by 255 if these are "
-                "black and white."
-            )
-        return x.contiguous(), tuple(said)
-    if x.is_floating_point():
-        pixels, most = _rounded(x, name)
-        if most > EXACT:
-            said.append(f"The floats of {name} are rounded to multiples of 1/255, by {most / 255:.1g} at most.")
-        return pixels.contiguous(), tuple(said)
-    if x.dtype == torch.bool or x.is_complex() or x.min() < 0 or x.max() > 255:
-        kind = str(x.dtype).removeprefix("torch.")
-        span = "" if x.dtype == torch.bool or x.is_complex() else f" from {int(x.min())} to {int(x.max())}"
-        raise InputError(
-            f"The pixels of {name} are {kind}{span}; scale them to uint8 in 0...255 or to floats in [0, 1]."
-        )
-    return x.to(torch.uint8).contiguous(), tuple(said)
+    return x, said
 
 
 def _rounded(x: Tensor, name: str) -> tuple[Tensor, float]:

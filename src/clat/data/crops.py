@@ -23,6 +23,10 @@ class Crops:
         top, left = torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=generator)
         return cls(top, left, torch.rand(count, 1, generator=generator) < 0.5)
 
+    def of(self, images: Tensor) -> "Crops":
+        """Those of some of the batch's images."""
+        return Crops(self.top[images], self.left[images], self.flipped[images])
+
     def apply(self, images: Tensor) -> Tensor:
         """Pads each image with zeros, crops and flips it, the whole batch in one gather; any type, on any device."""
         height, width = images.shape[2:]

@@ -12,6 +12,7 @@ from torch import Tensor
 from clat.data.crops import Crops
 from clat.data.decoding import DecodedLater
 from clat.data.labels import default, shortened
+from clat.data.varying import Varied, all_varied
 from clat.errors import InputError
 from clat.inputs import shown
 from clat.network import Images, Labels
@@ -98,28 +99,35 @@ class Dataset:
         return self.subset(rest), self.subset(held)
 
     def batches(
-        self, size: int, *, order: Tensor | None = None, workers: int | None = None
+        self, size: int, *, order: Tensor | None = None, workers: int | None = None, vary: Varied | None = None
     ) -> Iterator[tuple[Tensor, Labels]]:
         """uint8 images (batch, channel, height, width) and labels (batch,), in the given order, all of it.
 
         Args:
             workers: processes that decode images which are not in memory; default the number given to ``load_data``
+            vary: a random transform of each image
         """
         order = torch.arange(len(self)) if order is None else order
-        chunks = list(order.split(size))
         if isinstance(self.pixels, Tensor):
-            for chunk in chunks:
+            for number, chunk in enumerate(order.split(size)):
                 at = chunk.to(self.pixels.device)
-                yield self.pixels[at], self.labels[at]
+                pixels = self.pixels[at]
+                if vary is not None:
+                    pixels = all_varied(pixels, vary.policy, vary.seeds[number * size : number * size + len(chunk)])
+                yield pixels, self.labels[at]
         else:
-            for chunk, pixels in zip(chunks, self.pixels.read(chunks, workers), strict=True):
+            for chunk, pixels in zip(order.split(size), self.pixels.read(order, size, workers, vary), strict=True):
                 at = chunk.to(self.labels.device)
                 yield pixels.to(self.labels.device, non_blocking=True), self.labels[at]
 
     def statistics(self, most: int = 10_000) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over the first ``most`` images, pixels in [0, 1]."""
-        pixels = torch.cat([to_unit(x).cpu() for x, _ in self.first(most).batches(1000)])
-        std, mean = torch.std_mean(pixels.double(), dim=(0, 2, 3))
+        counts = torch.zeros(self.shape[0], 256, dtype=torch.int64)  # of each of the 256 values, channel by channel
+        for x, _ in self.first(most).batches(100):
+            counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in x.unbind(1)]).cpu()
+        values, n = to_unit(torch.arange(256)).double(), counts[0].sum()
+        mean = counts.double() @ values / n
+        std = ((counts * (values - mean[:, None]) ** 2).sum(1) / (n - 1)).sqrt()
         return [round(v, 4) for v in mean.tolist()], [max(round(v, 4), 1e-4) for v in std.tolist()]
 
     def digest(self) -> str:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from clat.data.varying import Policy, Varied, check_size, varied
 from clat.errors import InputError
 from clat.text import plain
 
 GREY = ("1", "L", "LA", "La", "I", "F")  # and I;16 in either byte order
+RESIDENT_BYTES = 2 * 2**30  # sets up to this size are kept as uint8 tensors on the device
 SAMPLE = 1000  # images looked at before a set that is decoded later is read: the first ones, and this many at random
 
 
@@ -73,16 +75,20 @@ def decoded(image: PIL.Image.Image, channels: int | None = None) -> Tensor:
     return tensor.expand(channels or tensor.shape[0], -1, -1)
 
 
-def fitted(pixels: Tensor, size: Sequence[int], resize: bool) -> Tensor:
-    """(channel, height, width) with height and width as in ``size``, by resizing the shorter edge and cropping."""
-    if tuple(pixels.shape[1:]) == tuple(size):
+def fitted(pixels: Tensor, size: Sequence[int], resize: int | None) -> Tensor:
+    """(channel, height, width) with height and width as in ``size``, by resizing the shorter edge and cropping.
+
+    Args:
+        resize: what the shorter edge is resized to; None if images of another size are refused
+    """
+    if tuple(pixels.shape[1:]) == tuple(size) and (resize is None or resize == min(size)):
         return pixels
-    if not resize:
+    if resize is None:
         raise InputError(
             f"The images have several sizes ({size[0]}x{size[1]} and {pixels.shape[1]}x{pixels.shape[2]}, for "
             "example); give one, e.g. size=64."
         )
-    return TF.center_crop(TF.resize(pixels, [min(size)], antialias=True), list(size))
+    return TF.center_crop(TF.resize(pixels, [resize], antialias=True), list(size))
 
 
 def _scaled(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -106,8 +112,10 @@ def _reason(error: BaseException) -> str:
 class DecodedLater(torch.utils.data.Dataset[Any]):
     """Images of a set too large for memory, decoded and resized by worker processes as they are needed.
 
-    size: (channel, height, width); resize, recolour: whether images of another height and width, or in colour where
-    grey is wanted, are made to fit; workers: how many processes decode, unless ``read`` is given a number
+    size: (channel, height, width); resize: edge that images are resized to before they are cropped, or None to refuse
+    those of another size; recolour: whether images in colour are made grey where that is wanted; workers: how many
+    processes decode, unless ``read`` is given a number; policy: a random transform that is applied to the image as it
+    is decoded, before it is made to fit
     """
 
     def __init__(
@@ -116,27 +124,52 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
         column: str,
         size: tuple[int, ...],
         *,
-        resize: bool = True,
+        resize: int | None,
         recolour: bool = True,
         workers: int = 2,
     ):
         self.table, self.column, self.size, self.workers = table, column, size, workers
         self.resize, self.recolour = resize, recolour
+        self.policy: Policy | None = None
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> "Tensor | InputError":
-        """The image, or the error as a value: raised in a worker, it would reach the user as a long traceback."""
+    def __getitem__(self, key: tuple[int, int]) -> "Tensor | InputError":
+        """The image at a position, its policy's random numbers drawn from a seed.
+
+        Returns:
+            the image, or the error as a value: raised in a worker, it would reach the user as a long traceback
+        """
+        index, seed = key
         try:
-            image = opened(self.table[int(index)][self.column])
-            if self.size[0] == 1 and not (self.recolour or is_grey(image)):
-                raise UnreadableError("it is in colour, and those looked at first were grey; give channels=1 or 3")
-            return fitted(decoded(image, self.size[0]), self.size[1:], self.resize)
+            pixels = self.decoded(index)
+            if self.policy is None:
+                return fitted(pixels, self.size[1:], self.resize)
+            pixels = varied(self.policy, pixels, seed)
+            if self.resize is None:
+                check_size(pixels, self.size[1:])
+            return fitted(pixels, self.size[1:], min(self.size[1:]))
         except UnreadableError as error:
-            return InputError(f"An image, at place {int(index)}, cannot be read: {error}.")
+            return InputError(f"An image, at place {index}, cannot be read: {error}{self.where(index)}.")
         except InputError as error:
             return error
+
+    def decoded(self, index: int) -> Tensor:
+        """The image at a position, uint8 (channel, height, width) of its own height and width."""
+        image = opened(self.table[index][self.column])
+        if self.size[0] == 1 and not (self.recolour or is_grey(image)):
+            raise InputError(
+                f"An image, at place {index}, cannot be read: it is in colour, and those looked at first were grey; "
+                "give channels=1 or 3."
+            )
+        return decoded(image, self.size[0])
+
+    def where(self, index: int) -> str:
+        """The image's file, if it is known, and what to do about an image that cannot be read, for a message."""
+        entry = self.table[index][self.column]
+        path = entry.get("path") if isinstance(entry, dict) else None
+        return f"{f' ({plain(path)})' if path else ''}; remove it, or leave such images out with unreadable=skip"
 
     @property
     def fingerprint(self) -> str:
@@ -147,14 +180,21 @@ class DecodedLater(torch.utils.data.Dataset[Any]):
         chosen.table = self.table.select(indices.tolist())
         return chosen
 
-    def read(self, chunks: Sequence[Tensor], workers: int | None = None) -> Iterator[Tensor]:
-        """One uint8 tensor for each chunk of positions, in order. Raises InputError at an image that cannot be read."""
+    def read(
+        self, order: Tensor, size: int, workers: int | None = None, vary: Varied | None = None
+    ) -> Iterator[Tensor]:
+        """uint8 tensors of ``size`` images, in the order given. Raises InputError at an image that cannot be read."""
+        shown = copy(self)
+        shown.policy = None if vary is None else vary.policy
+        seeds = torch.zeros_like(order) if vary is None else vary.seeds
+        keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
         loader: Any = torch.utils.data.DataLoader(
-            self,
-            batch_sampler=[chunk.tolist() for chunk in chunks],
+            shown,
+            batch_sampler=[keys[start : start + size] for start in range(0, len(keys), size)],
             num_workers=self.workers if workers is None else workers,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_stacked,
+            generator=torch.Generator(),  # its seed for the workers is not to be drawn from those of the training
         )
         for batch in loader:
             if isinstance(batch, InputError):

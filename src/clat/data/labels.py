@@ -11,6 +11,8 @@ from clat.network import Labels
 from clat.text import plain
 
 MOST_CLASSES = 100_000
+UNEVEN = 2  # classes differ much if the largest has more than this many times the images of the smallest
+FEW = 10  # and at least this many images more
 
 Classes = int | str | Sequence[str] | None  # how many, "auto", their names, or as found
 
@@ -50,6 +52,21 @@ def numbered(
     names = tuple(str(value) for value in order)
     said = () if types == {int} and names == default(len(names)) else (_mapping(order, source),)
     return torch.tensor([number[value] for value in values], dtype=torch.int64), names, said
+
+
+def uneven(labels: Labels, names: Sequence[str], source: str) -> tuple[str, ...]:
+    """A sentence that names the largest and the smallest class where classes differ much in size, or an only class."""
+    if len(names) == 1:
+        return (f"All images of {plain(source)} are of one class ({plain(names[0])[:40]}).",)
+    counts = labels.bincount(minlength=len(names)).tolist()
+    least, most = min(counts), max(counts)
+    if most <= UNEVEN * least or most - least < FEW:
+        return ()
+    smallest, largest = (plain(names[counts.index(count)])[:40] for count in (least, most))
+    return (
+        f"The classes of {plain(source)} differ in size, from {least:,} images ({smallest}) to {most:,} ({largest}); "
+        "balanced accuracy counts every class the same.",
+    )
 
 
 def default(count: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Images by name: the embedded set, any Hugging Face data set, image folder or parquet file."""
+"""Images by name: the embedded set, any Hugging Face data set, image folder, parquet or CSV file."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,17 +9,38 @@ import torch
 from torch import Tensor
 
 from clat.data.dataset import Dataset
-from clat.data.decoding import SAMPLE, DecodedLater, UnreadableError, decoded, fitted, is_grey, opened, remark
-from clat.data.labels import Classes, numbered, shortened
+from clat.data.decoding import (
+    RESIDENT_BYTES,
+    SAMPLE,
+    DecodedLater,
+    UnreadableError,
+    decoded,
+    fitted,
+    is_grey,
+    opened,
+    remark,
+)
+from clat.data.labels import Classes, numbered, shortened, uneven
 from clat.data.sources import EMBEDDED, Holds, find_columns, read_splits, set_aside
 from clat.errors import InputError
 from clat.text import plain
 
-RESIDENT_BYTES = 2 * 2**30  # sets up to this size are kept as uint8 tensors on the device
 LARGEST_EDGE = 4096  # pixels that images may be resized to
 
 # The options of data named on the command line, after commas.
-OPTIONS = ("size", "image", "label", "holds", "classes", "channels", "unreadable", "config", "workers")
+OPTIONS = (
+    "size",
+    "resize",
+    "image",
+    "label",
+    "holds",
+    "classes",
+    "channels",
+    "unreadable",
+    "config",
+    "stream",
+    "workers",
+)
 
 
 def load_data(
@@ -27,6 +48,7 @@ def load_data(
     split: str = "train",
     *,
     size: int | None = None,
+    resize: int | None = None,
     image: str | None = None,
     label: str | None = None,
     labelled: bool = True,
@@ -35,30 +57,35 @@ def load_data(
     channels: int | None = None,
     unreadable: Literal["refuse", "skip"] = "refuse",
     config: str | None = None,
+    stream: bool = False,
     workers: int = 2,
 ) -> Dataset:
     """Labelled images from anywhere. What was assumed about them is in the ``notes`` of the result.
 
     Args:
         source: ``fashion-mnist-mini`` (in the package), a folder of images with one subfolder a class, a folder with
-            parquet files or a saved data set, a parquet file, or the name of a data set on the Hugging Face hub
+            parquet files or a saved data set, a parquet file, a CSV file with the paths of images, or the name of a
+            data set on the Hugging Face hub
         split: ``train`` or ``test``; where there is no ``test``, ``validation`` is read for it
         size: edge in pixels that every image is resized and centre-cropped to; needed if the sizes differ
+        resize: edge that an image's shorter one is resized to before it is cropped to ``size``, e.g. 256 for 224;
+            default ``size``. Random crops of training images are made of the image as it is decoded
         image, label: names of the columns; default the image column and the label column found by type and name
         labelled: if not, labels are not looked for, and all images are of class 0
         holds: what a source with one table holds: ``train`` images, ``test`` images or ``both``, of which a fifth,
-            drawn by a fixed seed, is set aside for testing. Default ``both`` for class folders and for a hub set with
-            one split; a parquet file or saved set that does not say is read as ``train`` only
+            drawn by a fixed seed, is set aside for testing. Default ``both`` for class folders, for a CSV file and
+            for a hub set with one split; a parquet file or saved set that does not say is read as ``train`` only
         classes: for labels without names, how they are numbered: see ``clat.data.labels.numbered``
         channels: 1 for grey or 3 for colour; default 3 if any image is in colour
         unreadable: what happens at an image that cannot be decoded: ``refuse`` names it, ``skip`` leaves it out
         config: the configuration of a data set on the hub that has several
-        workers: processes that decode a set larger than memory
+        stream: decode images each time they are read, even if they would fit into memory
+        workers: processes that decode a set which is not kept in memory
     Raises:
         InputError: nothing at the source, no such split or column, images of several sizes, labels out of range, an
             image that cannot be decoded
     """
-    _check_options(size, channels, workers, holds, unreadable, image=image, label=label, config=config)
+    _check_options(size, resize, channels, workers, holds, unreadable, stream, image=image, label=label, config=config)
     source = str(source)
     splits = read_splits(source, config)
     table, divide, said = splits.choose(split, holds)
@@ -77,16 +104,21 @@ def load_data(
         rows, said = set_aside(labels, split, source)
         notes.append(said)
         table, labels = table.select(rows.tolist()), labels[rows]
-    read = _Reading(source, table.select_columns([image]), image, rows, size, channels, unreadable == "skip")
+    table = table.select_columns([image])
+    read = _Reading(source, table, image, rows, size, resize or size, channels, unreadable == "skip", stream)
     pixels, kept = read.pixels(workers)
     labels = labels if len(kept) == len(labels) else labels[kept]
-    return Dataset(pixels, labels, names, source, split, (*notes, *read.notes))
+    notes += [*read.notes, *(uneven(labels, names, source) if label else ())]
+    return Dataset(pixels, labels, names, source, split, tuple(notes))
 
 
-def _check_options(size: Any, channels: Any, workers: Any, holds: Any, unreadable: Any, **texts: Any) -> None:
+def _check_options(
+    size: Any, resize: Any, channels: Any, workers: Any, holds: Any, unreadable: Any, stream: Any, **texts: Any
+) -> None:
     """Raises InputError for the first option that is out of range, another word than the known ones, or no text."""
     for key, value, least, most in (
         ("size", size, 1, LARGEST_EDGE),
+        ("resize", resize, 1, LARGEST_EDGE),
         ("channels", channels, 1, 3),
         ("workers", workers, 0, 256),
     ):
@@ -95,6 +127,12 @@ def _check_options(size: Any, channels: Any, workers: Any, holds: Any, unreadabl
         if type(value) is not int or not least <= value <= most or (key == "channels" and value == 2):
             wanted = "1 or 3" if key == "channels" else f"a whole number from {least} to {most}"
             raise InputError(f"{key} is {value!r}; it must be {wanted}.")
+    if resize is not None and (size is None or resize < size):
+        raise InputError(
+            f"resize is {resize}, and size {size}; give a size, the edge that is then cropped, of at most resize."
+        )
+    if type(stream) is not bool:
+        raise InputError(f"stream is {stream!r}; it must be true or false.")
     for key, value, known in (
         ("holds", holds, (None, "train", "test", "both")),
         ("unreadable", unreadable, ("refuse", "skip")),
@@ -131,13 +169,15 @@ class _Reading:
         column: str,
         rows: Tensor,
         size: int | None,
+        resize: int | None,
         channels: int | None,
         skip: bool,
+        stream: bool,
     ):
         import datasets
 
         self.source, self.column, self.rows = plain(source), column, rows.tolist()
-        self.size, self.channels, self.skip = size, channels, skip
+        self.size, self.resize, self.channels, self.skip, self.stream = size, resize, channels, skip, stream
         self.table = table.cast_column(column, datasets.Image(decode=False))
         self.skipped: list[str] = []
         self.remarks: Counter[str] = Counter()
@@ -158,9 +198,9 @@ class _Reading:
             raise InputError(f"No image of {self.source} can be read.")
         height, width = (self.size or first.shape[1], self.size or first.shape[2])
         self.skipped, self.remarks = [], Counter()
-        if len(self.table) * 3 * height * width > RESIDENT_BYTES:
+        if self.stream or len(self.table) * 3 * height * width > RESIDENT_BYTES:
             channels = self.channels or (3 if self._some_in_colour() else 1)
-            if len(self.table) * channels * height * width > RESIDENT_BYTES:
+            if self.stream or len(self.table) * channels * height * width > RESIDENT_BYTES:
                 return self._later((channels, height, width), workers)
         return self._resident(height, width, self.channels or first.shape[0])
 
@@ -173,7 +213,7 @@ class _Reading:
                 continue
             if len(found) > pixels.shape[1]:  # the first one in colour
                 pixels = pixels.expand(-1, 3, -1, -1).clone()
-            pixels[len(kept)] = fitted(found, (height, width), self.size is not None)
+            pixels[len(kept)] = fitted(found, (height, width), self.resize)
             kept.append(place)
         return pixels[: len(kept)], torch.tensor(kept)
 
@@ -187,7 +227,7 @@ class _Reading:
             self.table,
             self.column,
             shape,
-            resize=self.size is not None,
+            resize=self.resize,
             recolour=self.channels is not None,
             workers=workers,
         )

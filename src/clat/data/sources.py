@@ -1,7 +1,6 @@
 """Tables of images by name, from files, folders and the Hugging Face hub, and which part is for training or testing."""
 
 import glob
-import hashlib
 import logging
 import os
 import re
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import PIL.Image
 import torch
 from torch import Tensor
 
 from clat.data.labels import shortened
+from clat.data.listed import fingerprinted, names_image, read_csv, size_of
 from clat.errors import InputError
 from clat.text import plain
 
@@ -30,7 +29,7 @@ _SPLITS = {  # what a file, a folder or a data set may call its splits
     "validation": ("validation", "valid", "val", "dev"),
 }
 _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
-_IMAGE_COLUMNS = ("image", "img", "pixel_values", "jpg", "png")
+_IMAGE_COLUMNS = ("image", "img", "pixel_values", "jpg", "png", "path", "file", "filename", "file_name", "image_path")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls", "y")
 
 
@@ -101,6 +100,8 @@ def read_splits(source: str, config: str | None = None) -> Splits:
             raise InputError(f"The folder {plain(source)} is empty.")
         if source != EMBEDDED and (images := _image_files(path)) and not _has_tables(path):
             return _class_folders(source, path, images)
+    if path is not None and path.suffix.lower() in (".csv", ".tsv"):
+        return _listed(source, path)
     with _quiet("datasets", "huggingface_hub"):
         try:
             if path is None:
@@ -114,8 +115,8 @@ def read_splits(source: str, config: str | None = None) -> Splits:
                 found = datasets.load_dataset(str(path), config)
         except Exception as error:  # the readers raise anything from OSError to pyarrow's own
             raise InputError(
-                f"No images could be read from {plain(source)}: give a folder of images, a parquet file or the name of "
-                f"a Hugging Face data set ({_reason(error)})."
+                f"No images could be read from {plain(source)}: give a folder of images, a parquet or CSV file, or the "
+                f"name of a Hugging Face data set ({_reason(error)})."
             ) from error
     if isinstance(found, datasets.Dataset):
         return Splits(source, {"train": found}, "unnamed")
@@ -213,7 +214,9 @@ def _holds_images(feature: Any) -> bool:
 def _located(source: str) -> Path | None:
     """The file or folder that a source names, or None if it names a data set on the hub."""
     if not source.strip():
-        raise InputError("No data is named; give a folder of images, a parquet file or a Hugging Face data set.")
+        raise InputError(
+            "No data is named; give a folder of images, a parquet or CSV file, or a Hugging Face data set."
+        )
     try:
         path = Path(source).expanduser()
         mode = os.stat(path).st_mode
@@ -273,14 +276,29 @@ def _has_tables(path: Path) -> bool:
 
 def _image_files(folder: Path) -> list[Path]:
     """The images in the folder and below, sorted, without what is hidden."""
-    endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
     found = []
     for parent, folders, files in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         for name in files:
-            if not name.startswith((".", "__")) and os.path.splitext(name)[1].lower() in endings:
+            if not name.startswith((".", "__")) and names_image(name):
                 found.append(Path(parent, name))
     return sorted(found, key=lambda path: path.as_posix())
+
+
+def _listed(source: str, path: Path) -> Splits:
+    """The images that a CSV file lists; a column ``split`` or the file's name may say which split they are."""
+    table = read_csv(path)
+    if "split" not in table.column_names:
+        split = _split_in(path.stem)
+        return Splits(source, {split or "train": table}, "named" if split else "to divide")
+    says = [_SPLIT_OF.get(str(word).lower()) for word in table["split"][:]]
+    if None in says:
+        raise InputError(
+            f"The column split of {plain(source)} has {plain(table['split'][says.index(None)])!r}; write train, "
+            "validation or test, or give the column another name."
+        )
+    rows = {name: [row for row, each in enumerate(says) if each == name] for name in dict.fromkeys(says)}
+    return Splits(source, {str(name): table.select(places) for name, places in rows.items()}, "named")
 
 
 def _class_folders(source: str, folder: Path, files: Sequence[Path]) -> Splits:
@@ -311,6 +329,4 @@ def _table_of(folder: Path, members: Sequence[tuple[tuple[str, ...], Path]], cla
         columns["label"] = [number[parts[0]] for parts, _ in members]
         features["label"] = datasets.ClassLabel(names=list(classes))
     table = datasets.Dataset.from_dict(columns, datasets.Features(features))
-    sizes = [path.stat().st_size if path.exists() else -1 for _, path in members]
-    content = "".join(f"{path.relative_to(folder)} {size}\n" for (_, path), size in zip(members, sizes, strict=True))
-    return datasets.Dataset(table.data, fingerprint=hashlib.sha256(content.encode(errors="replace")).hexdigest()[:16])
+    return fingerprinted(table, "".join(f"{path.relative_to(folder)} {size_of(path)}\n" for _, path in members))

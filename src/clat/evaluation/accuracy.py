@@ -1,6 +1,7 @@
 """Accuracies with counts and confidence intervals, and what an evaluation found."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -39,6 +40,46 @@ class Accuracy:
         return {"correct": self.correct, "n": self.n, "accuracy": self.value, "low": low, "high": high}
 
 
+@dataclass(frozen=True)
+class Balanced:
+    """The mean over classes of the accuracy on each, whatever its number of images.
+
+    The 95 % interval (``low``, ``high``) is that of a stratified mean. In its variance, each class has one more right
+    and one more wrong image, so that a class whose images all have the same outcome does not count as certain.
+
+    Args:
+        correct, n: of each class that has images
+    """
+
+    correct: tuple[int, ...]
+    n: tuple[int, ...]
+
+    @classmethod
+    def of(cls, right: Sequence[bool], labels: Sequence[int]) -> "Balanced":
+        """From the outcome and the label of each image."""
+        counts = Counter(labels)
+        found = Counter(label for label, each in zip(labels, right, strict=True) if each)
+        return cls(tuple(found[label] for label in sorted(counts)), tuple(counts[label] for label in sorted(counts)))
+
+    @property
+    def value(self) -> float:
+        return sum(c / n for c, n in zip(self.correct, self.n, strict=True)) / len(self.n) if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        shares = [(c + 1) / (n + 2) for c, n in zip(self.correct, self.n, strict=True)]
+        half = Z95 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(shares, self.n, strict=True))) / len(self.n)
+        return max(0.0, self.value - half), min(1.0, self.value + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.2f} % [{100 * low:.2f}, {100 * high:.2f}] ({len(self.n)} classes)"
+
+    def to_json(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {"accuracy": self.value, "low": low, "high": high, "classes": len(self.n)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackResult:
     """The result of one attack of an evaluation, run on the images that were correct until then."""
@@ -64,6 +105,8 @@ class Result:
 
     clean: Accuracy
     robust: Accuracy
+    balanced_clean: Balanced
+    balanced_robust: Balanced
     attacks: tuple[AttackResult, ...]
     eps: float
     norm: str
@@ -79,7 +122,9 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         attacks = [{**asdict(attack), "robust": attack.robust.to_json()} for attack in self.attacks]
-        return {**asdict(self), "clean": self.clean.to_json(), "robust": self.robust.to_json(), "attacks": attacks}
+        names = ("clean", "robust", "balanced_clean", "balanced_robust")
+        accuracies = {name: getattr(self, name).to_json() for name in names}
+        return {**asdict(self), **accuracies, "attacks": attacks}
 
 
 def worst_case(results: Sequence[Result]) -> Accuracy:

@@ -78,7 +78,7 @@ def evaluate(
         measured = Measured.of(
             [model], data, seed=attacks[0].seed, precision=precision, batch_size=batch_size, device=place
         )
-        state = _State.begin(record, measured, attacks)
+        state = _State.begin(record, measured, attacks, data.labels.tolist())
         data = data.to(place)
         if not state.outcomes:
             state.outcomes = _clean(model, data, batch_size, workers, place, precision)

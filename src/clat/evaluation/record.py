@@ -12,7 +12,7 @@ from typing import Any
 
 from clat.attacks import Attack
 from clat.errors import InputError
-from clat.evaluation.accuracy import Accuracy, AttackResult, Result
+from clat.evaluation.accuracy import Accuracy, AttackResult, Balanced, Result
 from clat.evaluation.measured import Measured
 from clat.files import parse_json, read_text, write_text
 from clat.text import plain
@@ -26,16 +26,19 @@ class _State:
     measured: Measured
     ball: dict[str, Any]  # eps, norm
     attacks: list[dict[str, Any]]  # name, seed, settings, note
+    labels: list[int]  # of the images
     outcomes: list[int]
     done: list[int]  # images, of each attack
     seconds: list[float]  # of each attack
     from_record: str = ""
 
     @classmethod
-    def begin(cls, folder: Path | None, measured: Measured, attacks: Sequence[Attack]) -> "_State":
+    def begin(
+        cls, folder: Path | None, measured: Measured, attacks: Sequence[Attack], labels: Sequence[int]
+    ) -> "_State":
         described = [{"name": a.name, "seed": a.seed, "settings": dict(a.settings), "note": a.note} for a in attacks]
         ball = {"eps": attacks[0].threat.radius, "norm": attacks[0].threat.norm}
-        state = cls(None, measured, ball, described, [], [0] * len(attacks), [0.0] * len(attacks))
+        state = cls(None, measured, ball, described, list(labels), [], [0] * len(attacks), [0.0] * len(attacks))
         if folder is None or os.environ.get("RANK", "0") != "0":
             return state
         name = re.sub(r"[^\w.+-]+", "-", state.result().attack.lower().replace(", ", "-"))[:80]
@@ -81,6 +84,7 @@ class _State:
 
     def result(self) -> Result:
         n = len(self.outcomes)
+        labels = self.labels[:n]  # before the first pass there are no outcomes
         wrong = self.outcomes.count(-1)
         robust, attacks = n - wrong, []
         for number, described in enumerate(self.attacks, 1):
@@ -98,6 +102,8 @@ class _State:
         return Result(
             clean=Accuracy(n - wrong, n),
             robust=Accuracy(robust, n),
+            balanced_clean=Balanced.of([outcome >= 0 for outcome in self.outcomes], labels),
+            balanced_robust=Balanced.of([outcome == 0 for outcome in self.outcomes], labels),
             attacks=tuple(attacks),
             **self.ball,
             measured=self.measured,

@@ -28,6 +28,10 @@ class Objective(ABC):
         """Whether ``loss`` also takes, for y, what each class counts for each image, float (batch, classes)."""
         return False
 
+    def carries(self) -> bool:
+        """Whether ``loss`` needs what ``perturb`` remembered of the same batch, which must then not be divided."""
+        return False
+
     def learns_from_start(self) -> bool:
         """Whether the loss compares with the network as it was when the run began, which ``begin`` is then given."""
         return False

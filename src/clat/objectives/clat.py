@@ -67,6 +67,9 @@ class Clat(Objective):
     def takes_soft_labels(self) -> bool:
         return True
 
+    def carries(self) -> bool:
+        return self.attack == "latent"
+
     def learns_from_start(self) -> bool:
         return self.teacher > 0
 

@@ -45,6 +45,9 @@ class FreeAt(Objective):
     def takes_soft_labels(self) -> bool:
         return True
 
+    def carries(self) -> bool:
+        return True
+
     def begin(self, start: nn.Module | None = None) -> Objective:
         return _Epoch()
 

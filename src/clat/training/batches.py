@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clat.data.crops import Crops
 from clat.data.dataset import Dataset, held_out, to_unit
+from clat.data.varying import Policy, PolicyName, Varied, resized_crop
 from clat.errors import InputError
 from clat.network import Images, Labels
 from clat.threat import Threat
@@ -32,6 +33,18 @@ class TrainingBatch:
     places: Tensor
     crops: Crops | None
 
+    def parts(self, count: int) -> "list[TrainingBatch]":
+        """The batch in so many parts of about the same size, in order; the batch itself if it is one."""
+        if count == 1:
+            return [self]
+        found = zip(
+            self.x.tensor_split(count),
+            self.y.tensor_split(count),
+            torch.arange(len(self.x)).tensor_split(count),
+            strict=True,
+        )
+        return [TrainingBatch(x, y, self.places[at], self.crops and self.crops.of(at)) for x, y, at in found]
+
 
 @dataclass(frozen=True)
 class RunImages:
@@ -48,6 +61,7 @@ class RunImages:
         extra_size: how many of them are extra ones
         identity: of the whole training split, for the checkpoints
         rank, ranks: this process and their number
+        augment: what the recipe's ``augment`` means for these images
         workers: processes that decode images which are not in memory
     """
 
@@ -61,9 +75,15 @@ class RunImages:
     extra_size: int
     identity: dict[str, Any]
     recipe: Recipe
+    augment: bool | PolicyName | Policy
     rank: int = 0
     ranks: int = 1
     workers: int = 0
+
+    @property
+    def part_size(self) -> int:
+        """Images that this process attacks together."""
+        return self.size // self.ranks // self.recipe.accumulate
 
     def for_selection(self, epoch: int, count: int, unseen: int = 0) -> tuple[Batch, Batch | None]:
         """Images that a selection before this epoch is made on, the same in every process.
@@ -82,19 +102,20 @@ class RunImages:
 
     def batches(self, epoch: int) -> Iterator[TrainingBatch]:
         """This process's part of each batch, augmented; images that do not fill a batch are left out of this epoch."""
-        places = self._order(self._generator(epoch)).view(self.steps, -1)[:, self.rank :: self.ranks]
+        places = self._own(self._order(self._generator(epoch)))
         for own, (pixels, y) in zip(places, self.pixels(epoch), strict=True):
-            crops = Crops.draw(len(pixels)) if self.recipe.augment else None
+            crops = Crops.draw(len(pixels)) if self.augment == "padded-crop" else None
             yield TrainingBatch(to_unit(pixels if crops is None else crops.apply(pixels)), y, own, crops)
 
     def pixels(self, epoch: int) -> Iterator[tuple[Tensor, Labels]]:
-        """The same as stored: uint8 images without augmentation."""
+        """The same as uint8 images before the padded crop."""
         generator = self._generator(epoch)
-        own = self._in_batches(self.training, self._order(generator))
+        order = self._order(generator)
         if self.extra is None:
-            return own
+            return self._in_batches(self.training, order, generator)
         picked = torch.randint(len(self.extra), (self.steps * self.extra_size,), generator=generator)
-        both = zip(own, self._in_batches(self.extra, picked), strict=True)
+        own = self._in_batches(self.training, order, generator)
+        both = zip(own, self._in_batches(self.extra, picked, generator), strict=True)
         return ((torch.cat([x, more_x]), torch.cat([y, more_y])) for (x, y), (more_x, more_y) in both)
 
     def threat(self, batch: TrainingBatch) -> Threat:
@@ -110,10 +131,18 @@ class RunImages:
         """The places of an epoch's training images, batch after batch."""
         return torch.randperm(len(self.training), generator=generator)[: self.steps * (self.size - self.extra_size)]
 
-    def _in_batches(self, data: Dataset, order: Tensor) -> Iterator[tuple[Tensor, Labels]]:
+    def _in_batches(self, data: Dataset, order: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Labels]]:
         """This process's part of the order, cut into the epoch's steps."""
-        part = order.view(self.steps, -1)[:, self.rank :: self.ranks]
-        return data.batches(part.shape[1], order=part.reshape(-1), workers=self.workers)
+        own, vary = self._own(order), None
+        policy = resized_crop(data.shape) if self.augment == "resized-crop" else self.augment
+        if callable(policy):
+            seeds = torch.randint(2**63 - 1, order.shape, generator=generator)
+            vary = Varied(policy, self._own(seeds).flatten())
+        return data.batches(own.shape[1], order=own.flatten(), workers=self.workers, vary=vary)
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """This process's part of each batch (steps, images) of what stands for the images of an epoch."""
+        return whole.view(self.steps, -1)[:, self.rank :: self.ranks]
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.recipe.seed, epoch))
@@ -133,6 +162,8 @@ def run_images(recipe: Recipe, data: Dataset, processes: Processes, workers: int
         raise InputError("warm_start works in one process, as images change processes from epoch to epoch.")
     device, rank, count = processes.device, processes.rank, processes.count
     size = min(recipe.batch_size, len(training))
+    if recipe.accumulate > size // count:
+        raise InputError(f"accumulate is {recipe.accumulate}, more than the {size // count} images of a batch.")
     return RunImages(
         training=training.to(device),
         validation=validation.subset(torch.arange(rank, len(validation), count)).to(device),
@@ -144,6 +175,7 @@ def run_images(recipe: Recipe, data: Dataset, processes: Processes, workers: int
         extra_size=recipe.extra.count(size, count) if recipe.extra else 0,
         identity=data.identity(),
         recipe=recipe,
+        augment=recipe.augmentation(training.shape),
         rank=rank,
         ranks=count,
         workers=workers,

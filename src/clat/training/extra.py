@@ -21,7 +21,7 @@ class Extra:
     epoch, extra ones with.
 
     Args:
-        source: a Hugging Face name, folder or parquet file; its training split is used
+        source: a Hugging Face name, folder, parquet or CSV file; its training split is used
         share: share of each batch that comes from it
         labels: given (its own), or a checkpoint or run folder whose predictions on the clean images are the labels
         size: edge in pixels that every image is resized and centre-cropped to; needed if it is not the training images'

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from clat.data.dataset import Dataset
 from clat.errors import InputError
-from clat.network import Labels
+from clat.network import Images, Labels
 from clat.text import plain
 from clat.training.averaging import Averaged
-from clat.training.batches import RunImages, run_images
+from clat.training.batches import RunImages, TrainingBatch, run_images
 from clat.training.method import Method
 from clat.training.optimizer import learning_rate
 from clat.training.processes import Processes
@@ -72,6 +74,17 @@ class Job:
         selected = self.method.selection.epoch if self.method.selection else 1
         return learning_rate(self.recipe, epoch, step, self.images.steps, selected)
 
+    def attack(self, batch: TrainingBatch) -> Images:
+        """Algorithm 1, line 13, part by part; the images themselves where the objective attacks none."""
+        found = []
+        for part in batch.parts(self.recipe.accumulate):
+            x_adv = self.method.attack(part.x, part.y, threat=self.images.threat(part))
+            if x_adv is part.x:
+                return batch.x
+            self.images.keep(part, x_adv)
+            found.append(x_adv)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
     def average_buffers(self) -> None:
         """BatchNorm's statistics, which each process moved by its own images, become one again."""
         if self.method.selection is not None:
@@ -117,7 +130,13 @@ def prepared(
     job = Job(
         recipe=recipe,
         method=Method(
-            model, recipe.objective, recipe.tuner, recipe.threat, seed=recipe.seed, precision=recipe.precision
+            model,
+            recipe.objective,
+            recipe.tuner,
+            recipe.threat,
+            seed=recipe.seed,
+            precision=recipe.precision,
+            recompute=recipe.recompute,
         ),
         averaged=Averaged(model, recipe.average),
         images=images,
@@ -129,6 +148,12 @@ def prepared(
     )
     for note in job.images.extra.notes if job.images.extra else ():
         job.say(plain(note))
+    if recipe.augment is True and job.images.augment == "resized-crop":
+        job.say("training images are cropped and resized at random (--augment resized-crop)")
+    if recipe.accumulate > 1:
+        job.say(f"each batch is attacked and its gradients are made in parts of {job.images.part_size} images")
+        if any(isinstance(module, _BatchNorm) for module in model.modules()):
+            job.say("BatchNorm in training mode has the statistics of these parts, not of the batch")
     return job
 
 

@@ -169,9 +169,10 @@ def _epoch(
         x, y = batch.x, batch.y
         set_rate(optimizer, recipe, job.rate(epoch, step))
         for _ in range(replays):
-            x_adv = method.attack(x, y, threat=job.images.threat(batch))
-            job.images.keep(batch, x_adv)
-            terms = method.update(optimizer, x, x_adv, job.learned(y), awp=awp, clip=recipe.clip, share=share)
+            x_adv, learned = job.attack(batch), job.learned(y)
+            terms = method.update(
+                optimizer, x, x_adv, learned, parts=recipe.accumulate, awp=awp, clip=recipe.clip, share=share
+            )
             for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=x.device)) + term
         last = step == steps - 1

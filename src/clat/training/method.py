@@ -15,6 +15,7 @@ from clat.objectives import Objective
 from clat.threat import Threat
 from clat.training.awp import Awp
 from clat.training.integrity import verify
+from clat.training.recompute import blocks_of, recomputed
 from clat.tuners import Selection, Tuner
 from clat.tuners.base import Batch
 
@@ -28,8 +29,9 @@ class Method:
         model: takes pixels in [0, 1] (batch, channel, height, width), returns class scores (batch, classes)
         seed: of a random ranking
         precision: of attack and loss; parameters stay fp32
+        recompute: keep less of the forward passes and compute it again (activation checkpointing)
     Raises:
-        InputError: no network
+        InputError: no network, or one without blocks to recompute
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Method:
         *,
         seed: int = 0,
         precision: Precision = "fp32",
+        recompute: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise InputError(f"A method needs a torch.nn.Module; got {type(model).__name__}.")
@@ -48,6 +51,7 @@ class Method:
         self.threat = fit("threat", threat, Threat)
         self.seed, self.precision = fit("seed", seed, int), precision
         check_seed("seed", self.seed)
+        self._recomputed = blocks_of(model) if recompute else []
         self.selection: Selection | None = None
         self._before: State = {}  # the network when it was last verified
         learns = objective.learns_from_start()
@@ -86,13 +90,14 @@ class Method:
         Args:
             threat: for this batch in place of the method's own, with the same ball
         """
-        with autocast(x.device, self.precision):
+        with autocast(x.device, self.precision), recomputed(self._recomputed):
             x_adv = self._running.perturb(self.model, x, y, self.threat if threat is None else threat)
         return x if x_adv is x else self.threat.project(x_adv, x)
 
     def terms(self, x: Images, x_adv: Images, y: Labels, *, through: nn.Module | None = None) -> dict[str, Tensor]:
         """The weighted terms of the loss, by name. Frozen layers run in eval mode, whatever the caller set."""
-        with self._selected().mode(self.model), autocast(x.device, self.precision):
+        mode, precision = self._selected().mode(self.model), autocast(x.device, self.precision)
+        with mode, precision, recomputed(self._recomputed):
             return self._running.loss(self.model if through is None else through, x, x_adv, y)
 
     def update(
@@ -102,6 +107,7 @@ class Method:
         x_adv: Images,
         y: Labels,
         *,
+        parts: int = 1,
         awp: Awp | None = None,
         clip: float | None = None,
         share: Callable[[list[nn.Parameter]], None] = lambda _: None,
@@ -109,17 +115,23 @@ class Method:
         """One step of the optimizer on attacked images; returns the terms of the loss, detached.
 
         Args:
+            parts: into so many the batch is divided, whose gradients are added up
             awp: perturb the weights for this step
             clip: largest norm of the gradient
             share: averages the gradients of these parameters over processes
         """
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        whole = (x, x_adv, y)
+        divided = [whole] if parts == 1 else list(zip(*(each.tensor_split(parts) for each in whole), strict=True))
 
         def backward() -> dict[str, Tensor]:
-            terms = self.terms(x, x_adv, y)
-            torch.stack(list(terms.values())).sum().backward()
+            totals: dict[str, Tensor] = {}
+            for images in divided:
+                terms = {name: term * (len(images[0]) / len(x)) for name, term in self.terms(*images).items()}
+                torch.stack(list(terms.values())).sum().backward()
+                totals = {name: term.detach() + totals.get(name, 0) for name, term in terms.items()}
             share(parameters)
-            return {name: term.detach() for name, term in terms.items()}
+            return totals
 
         with awp.weights(self.model, backward) if awp else nullcontext():
             terms = backward()

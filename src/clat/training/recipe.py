@@ -1,10 +1,13 @@
 """A recipe: every setting of a run, as one value. The YAML files in recipes/ hold what differs from the defaults."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
+from clat.data.varying import SMALL, Policy, PolicyName
 from clat.errors import InputError
 from clat.inputs import (
     annotations,
@@ -18,6 +21,7 @@ from clat.inputs import (
     shown,
 )
 from clat.objectives import OBJECTIVES, Objective, PgdAt
+from clat.text import plain
 from clat.threat import Threat
 from clat.training.averaging import Average
 from clat.training.awp import Awp
@@ -48,6 +52,9 @@ class Recipe:
         epochs: passes over the training images
         patience: end the run after this many epochs without a new best checkpoint; none to train all epochs
         batch_size: images a step, over all processes
+        accumulate: parts that each process divides its share of a batch into, so that less memory suffices; attacks and
+            gradients are made part by part, then the weights move once. BatchNorm in training mode sees parts in place
+            of batches
         optimizer: sgd or adamw
         lr: initial learning rate; of a cyclic schedule the highest
         schedule: cosine (to zero at the end), constant, step (a tenth from each milestone on) or cyclic (straight
@@ -69,9 +76,14 @@ class Recipe:
             device computes in it natively, else fp32
         layout: of the kernels while the network trains: contiguous (as torch makes them) or channels-last; auto is
             channels-last on CPUs and CUDA if the network works with it. The run's recipe.yaml holds what auto became
+        recompute: keep only the inputs of a network's blocks for the gradient, in attacks and loss, and compute the
+            blocks again (activation checkpointing): less memory, more time, the same numbers
         compile: compile the network with torch.compile, in attacks, loss and validation; passes that features are
             observed in run uncompiled. The first steps of a run take up to a minute longer
-        augment: crop (4 pixels of padding) and flip each training image at random
+        augment: what training images go through at random: padded-crop (4 pixels of padding, crop and flip),
+            resized-crop (8 to 100 % of the area, resized, and flip), true (padded-crop for images of up to 64 pixels
+            and with warm_start, else resized-crop) or false; in Python also your own function, which is given a uint8
+            image (channel, height, width) and returns one, and draws from torch's random numbers
         images: train on this many images, drawn by holdout_seed; all that are not held out if not given
         holdout: training images held out for validation, the only thing that checkpoints are chosen on
         holdout_seed: draws the held-out images; keep it from training to fine-tuning
@@ -91,6 +103,7 @@ class Recipe:
     epochs: int = 50
     patience: int | None = None
     batch_size: int = 128
+    accumulate: int = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     schedule: Literal["cosine", "constant", "step", "cyclic"] = "cosine"
@@ -107,8 +120,9 @@ class Recipe:
     class_weights: Literal["equal", "balanced"] = "equal"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     layout: Literal["auto", "contiguous", "channels-last"] = "auto"
+    recompute: bool = False
     compile: bool = False
-    augment: bool = True
+    augment: bool | PolicyName | Callable[[Tensor], Tensor] = True
     images: int | None = None
     holdout: int = 1000
     holdout_seed: int = 0
@@ -125,12 +139,21 @@ class Recipe:
         check_fields(self)
         if self.warm_start and not self.objective.attacks_pixels():
             raise InputError(f"warm_start needs an objective that attacks pixels, and {self.objective.name} does not.")
+        if self.warm_start and self.augment not in (True, False, "padded-crop"):
+            raise InputError("warm_start works with augment padded-crop or false, which it can undo.")
         if self.warm_start and self.extra is not None:
             raise InputError("warm_start works without extra, whose images are drawn again in each epoch.")
-        check_least(1, epochs=self.epochs, batch_size=self.batch_size, images=self.images, holdout=self.holdout)
-        check_least(1, patience=self.patience)
+        check_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
+        check_least(1, patience=self.patience, images=self.images, holdout=self.holdout)
         check_least(0, validation_steps=self.validation_steps, warmup=self.warmup)
         check_least(0.0, weight_decay=self.weight_decay)
+        if self.accumulate > 1 and self.objective.carries():
+            raise InputError(
+                f"accumulate works without {self.objective.name} as it is set here, which carries a perturbation from "
+                "the attack on a whole batch to its loss."
+            )
+        if self.recompute and self.compile:
+            raise InputError("recompute works without compile; set one of them to false.")
         for key in ("lr", "clip"):
             value = getattr(self, key)
             if value is not None and not value > 0:
@@ -164,18 +187,26 @@ class Recipe:
         found: dict[str, Any] = {}
         for key in annotations(Recipe):
             value = getattr(self, key)
+            if key == "augment" and callable(value):
+                value = _called(value)
             found[key] = value.name if key in METHODS else _plain(key, value)
             if key == "threat":
                 methods = (self.objective, self.tuner)
                 found |= {_section(each): _plain(_section(each), each) for each in methods if annotations(type(each))}
         return found
 
+    def augmentation(self, shape: tuple[int, ...]) -> bool | PolicyName | Policy:
+        """What ``augment`` means for images (channel, height, width): never true."""
+        if self.augment is not True:
+            return self.augment
+        return "padded-crop" if self.warm_start or max(shape[1:]) <= SMALL else "resized-crop"
+
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any], *, like: "Recipe | None" = None) -> "Recipe":
         """The recipe that ``keys()`` or a file describes; what is left out has its default.
 
         Args:
-            like: a recipe whose objective and tuner may be named, too, where they are of classes of your own
+            like: a recipe whose objective, tuner and augment may be named, too, where they are your own
         Raises:
             InputError: an unknown key, a value that does not fit, or keys of an objective or tuner that is not used
         """
@@ -195,6 +226,8 @@ class Recipe:
         for key, annotation in annotations(cls).items():
             if key in keys and key not in METHODS:
                 values[key] = built(key, keys[key], annotation)
+        if like is not None and callable(like.augment) and values.get("augment") == _called(like.augment):
+            values["augment"] = like.augment
         return cls(**values)
 
 
@@ -249,6 +282,16 @@ def _check_labels(recipe: Recipe) -> None:
             raise InputError(f"{key} does not go with {recipe.objective.name}; it goes with {takes}.")
     if changed["class_weights"] and recipe.extra is not None:
         raise InputError("class_weights balanced works without extra, whose images are drawn whatever their class is.")
+
+
+def _called(function: Callable[..., Any]) -> str:
+    """How a function of the user's own is named in a run's recipe.yaml."""
+    name = getattr(function, "__qualname__", None)
+    return (
+        f"{function.__module__}.{name}"
+        if name
+        else plain(" ".join(re.sub(" at 0x[0-9a-f]+", "", repr(function)).split()))
+    )
 
 
 def _section(method: Any) -> str:

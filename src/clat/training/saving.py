@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from clat.checkpoint import load_tensors, load_weights, save_checkpoint, save_tensors
 from clat.data.dataset import Dataset
+from clat.data.varying import PolicyName
 from clat.errors import InputError
 from clat.network import State, fingerprint, tensors
 from clat.text import plain
@@ -23,7 +24,7 @@ from clat.training.validation import Metrics, accuracy, best_epoch
 from clat.tuners.selection import Selection
 
 # Keys that run folders of earlier versions lack.
-ADDED = ("warm_start", "patience", "warmup", "label_smoothing", "class_weights")
+ADDED = ("accumulate", "class_weights", "label_smoothing", "patience", "recompute", "warm_start", "warmup")
 LENGTH = ("epochs", "patience")  # keys that may change when a run is resumed
 
 # The beginning
@@ -61,16 +62,20 @@ def check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:
     epochs that are done stay as they are.
     """
     wanted, stored = recipe.keys(), run.recipe
-    changed = [key for key in ("objective", "tuner") if stored.get(key, wanted[key]) != wanted[key]]
+    own = [] if stored.get("augment", True) in (True, False, *get_args(PolicyName)) else ["augment"]  # a function
+    changed = [key for key in ("objective", "tuner", *own) if stored.get(key, wanted[key]) != wanted[key]]
     missing = [key for key in wanted if key not in stored and key not in ADDED]
     if missing and not changed:
         raise run.unusable("recipe.yaml", f"is damaged (it lacks {', '.join(missing)})")
     if not changed:
         try:
-            begun = Recipe.from_keys(stored, like=recipe).keys()
+            begun = Recipe.from_keys(stored, like=recipe)
         except InputError as error:
             raise run.unusable("recipe.yaml", f"is damaged ({str(error).rstrip('.')})") from error
-        changed = [key for key in wanted if wanted[key] != begun[key] and key not in LENGTH]
+        if "accumulate" not in stored and begun.augment:  # an earlier clat knew this one alone
+            begun = replace(begun, augment="padded-crop")
+        wanted, found = (replace(each, augment=each.augmentation(data.shape)).keys() for each in (recipe, begun))
+        changed = [key for key in wanted if wanted[key] != found[key] and key not in LENGTH]
     if changed:
         raise InputError(
             f"The run in {run.folder} was started with another {', '.join(changed)}; resume it with the same "

@@ -33,6 +33,7 @@ def accuracy(job: Job) -> tuple[float, float, int]:
             job.images.validation,
             threat,
             seed=recipe.seed,
+            batch_size=250 if recipe.accumulate == 1 else min(250, job.images.part_size),
             workers=job.images.workers,
             device=job.processes.device,
             precision=recipe.precision,
