@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from clat.batchnorm import shared_norms
 from clat.checkpoint import load_weights
 from clat.compute import seeded
 from clat.data.arrays import as_dataset
@@ -22,15 +23,18 @@ from clat.errors import InputError
 from clat.evaluation.fits import check_fits
 from clat.network import snapshot
 from clat.text import plain
+from clat.training.batches import PartThreat
 from clat.training.claims import claim
 from clat.training.health import check_attack, check_finite, check_learning
 from clat.training.job import Job, prepared, progress_bar
 from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from clat.training.peers import counted
 from clat.training.placement import as_begun, lent, settled
 from clat.training.processes import seed_of, started
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
 from clat.training.saving import begin, check_same_run, check_same_start, commit, end_best, restore, write_result
+from clat.training.tracking import Log, check_tracker, of_selection, tracked
 from clat.training.validation import Batch, overfits, validate
 from clat.tuners.selection import Selection
 
@@ -48,6 +52,7 @@ def train(
     device: torch.device | str | None = None,
     workers: int = 2,
     origin: str | None = None,
+    tracker: str | None = None,
     console: Console | None = None,
 ) -> Run:
     """Trains or fine-tunes a network by a recipe and records it in a run folder.
@@ -64,6 +69,7 @@ def train(
         device: where to train, e.g. cpu or cuda:1; default the fastest kind of device here, one for each process
         workers: processes that decode images, where these do not fit into memory
         origin: where the network's weights come from, for the record
+        tracker: tensorboard, wandb or trackio is told accuracies, losses and selections as they happen
         console: where progress goes; default none
     Raises:
         InputError: a network, data, device or folder that does not fit, or a run folder that is damaged
@@ -73,15 +79,18 @@ def train(
     data = as_dataset(data)
     if type(workers) is not int or workers < 0:
         raise InputError(f"workers is {workers!r}; it must be 0 or more.")
-    processes, run = started(device), Run(Path(out))
+    check_tracker(tracker)
+    run = Run(Path(out))
+    processes = started(device, tracker, run.folder)
     speaks = console if console and processes.first else Console(quiet=True)
-    with ExitStack() as claims:
+    with counted(processes.rank, processes.count), ExitStack() as claims:
         claimed = claim(run, resume=resume, overwrite=overwrite)
         resuming = processes.by_first(lambda: claims.enter_context(claimed))
         if resuming:
             recipe = as_begun(recipe, run)
             check_same_run(run, recipe, data)
         with lent(model, processes.device):
+            processes.copy_first(model)
             check_fits(model, data, processes.device)
             recipe = settled(recipe, model, data, processes, speaks)
             job = prepared(recipe, model, data, processes, run, speaks, workers)
@@ -109,7 +118,7 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
     """Algorithm 1: the metrics of each epoch, and the epoch that was dropped for overfitting, if one was."""
     recipe, method = job.recipe, job.method
     metrics, selections, optimizer = restore(job) if resuming else ([], [], None)
-    with progress_bar(job, len(metrics)) as progress:
+    with progress_bar(job, len(metrics)) as progress, tracked(job) as log:
         for epoch in range(len(metrics) + 1, recipe.epochs + 1):
             began = time.perf_counter()
             torch.manual_seed(seed_of(recipe.seed, epoch, job.processes.rank))
@@ -118,8 +127,10 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
                 if epoch == 1 and not resuming:
                     begin(job, data, origin)  # the input is checked, so an old run can be removed
                 optimizer = _take(job, selections[-1], optimizer)
+                log((epoch - 1) * job.images.steps, of_selection(selections[-1]))
             assert optimizer is not None  # a selection is due before the first epoch
-            losses, first_batch = _epoch(job, epoch, optimizer, progress)
+            with shared_norms(job.model, job.processes.mean, job.processes.count):
+                losses, first_batch = _epoch(job, epoch, optimizer, progress, log)
             method.verify()
             seconds = time.perf_counter() - began
             entry = validate(job, epoch, losses, first_batch, _rate(job, epoch), seconds)
@@ -127,6 +138,7 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
                 return metrics, epoch
             metrics = [*metrics, entry]
             _report(job, entry)
+            log(epoch * job.images.steps, entry)
             commit(job, optimizer, metrics, selections)
             check_learning(metrics, len(data.classes), recipe)
     return metrics, None
@@ -134,11 +146,16 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
 
 def _select(job: Job, epoch: int) -> Selection:
     """Lines 4 to 9: what trains from this epoch on, the same in every process."""
-    tuner = job.method.tuner
+    tuner, processes = job.method.tuner, job.processes
     (x, y), unseen = job.images.for_selection(epoch, tuner.batch, tuner.unseen())
+    together: dict[str, Any] = {}
+    if tuner.averages() and 1 < processes.count <= len(x):
+        part = PartThreat.of(job.recipe.threat, len(x), processes)
+        together = {"threat": part, "mean": processes.mean_over_images}
+        x, y = part.own(x), part.own(y)
     # In fp32: early layers' differences of bf16 features are mostly rounding.
-    with seeded(seed_of(job.recipe.seed, epoch), job.processes.device):
-        selection = job.method.choose(x, y, epoch, unseen=unseen)
+    with seeded(seed_of(job.recipe.seed, epoch), processes.device):
+        selection = processes.of_first(job.method.choose(x, y, epoch, unseen=unseen, **together))
     if selection.partial(job.model):
         job.say(f"epoch {epoch}: selected {plain(selection.in_words())}")
     return selection
@@ -154,14 +171,14 @@ def _take(job: Job, selection: Selection, before: torch.optim.Optimizer | None) 
 
 
 def _epoch(
-    job: Job, epoch: int, optimizer: torch.optim.Optimizer, progress: Callable[[int, int], None]
+    job: Job, epoch: int, optimizer: torch.optim.Optimizer, progress: Callable[[int, int], None], log: Log
 ) -> tuple[dict[str, float], Batch]:
     """Lines 11 to 16: the mean of the loss and of each of its terms over the epoch, and its first batch."""
     recipe, method, steps = job.recipe, job.method, job.images.steps
     method.begin()
     replays = method.objective.replays
     awp = recipe.awp if recipe.awp and epoch > recipe.awp.warmup else None
-    share = job.processes.average_gradients
+    processes = job.processes
     totals: dict[str, Tensor] = {}
     progress(epoch, 0)
     for step, batch in enumerate(job.images.batches(epoch)):
@@ -170,7 +187,7 @@ def _epoch(
         for _ in range(replays):
             x_adv = method.attack(x, y, threat=job.images.threat(batch))
             job.images.keep(batch, x_adv)
-            terms = method.update(optimizer, x, x_adv, y, awp=awp, clip=recipe.clip, share=share)
+            terms = method.update(optimizer, x, x_adv, y, awp=awp, clip=recipe.clip, share=processes.average_gradients)
             for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
                 totals[name] = totals.get(name, torch.zeros((), device=x.device)) + term
         last = step == steps - 1
@@ -178,16 +195,19 @@ def _epoch(
         if step == 0:
             first_batch = x, y
             if x_adv is not x:
-                check_attack(x_adv, x, recipe)
+                check_attack(processes.mean(recipe.threat.distance(x_adv, x).mean()).item(), recipe)
         if step % 20 == 0 or last:
-            check_finite(totals["loss"], recipe, epoch, step)
+            loss = processes.mean(totals["loss"]).item() / ((step + 1) * replays)
+            check_finite(loss, recipe, epoch, step)
+            log((epoch - 1) * steps + step + 1, {"loss_within_epoch": loss})
         progress(epoch, 1)
     _average_buffers(job)
-    return {name: total.item() / (steps * replays) for name, total in totals.items()}, first_batch
+    means = processes.mean(torch.stack(list(totals.values()))).tolist()
+    return {name: mean / (steps * replays) for name, mean in zip(totals, means, strict=True)}, first_batch
 
 
 def _average_buffers(job: Job) -> None:
-    """BatchNorm's statistics, which each process moved by its own images, become one again."""
+    """Buffers that each process moved by its own images become one again; those of BatchNorm already are."""
     if job.method.selection is not None:
         moving = job.method.selection.moving_buffers(job.model)
         for held in (dict(job.model.named_buffers()), job.averaged.tensors):
@@ -201,7 +221,10 @@ def _rate(job: Job, epoch: int, step: int = 0) -> float:
 
 
 def _report(job: Job, entry: dict[str, Any]) -> None:
+    terms = {name.removeprefix("loss/"): value for name, value in entry.items() if name.startswith("loss/")}
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
     job.say(
-        f"epoch {entry['epoch']}/{job.recipe.epochs}: loss {entry['loss']:.3f}, validation clean "
+        f"epoch {entry['epoch']}/{job.recipe.epochs}: loss {entry['loss']:.3f}"
+        f"{f' ({plain(listed)})' if len(terms) > 1 else ''}, validation clean "
         f"{100 * entry['clean']:.1f} %, robust {100 * entry['robust']:.1f} %, {entry['seconds']:.0f} s"
     )

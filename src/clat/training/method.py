@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clat.compute import Precision, autocast
-from clat.criticality import LayerScore
+from clat.criticality import LayerScore, MeanOfAll
 from clat.errors import InputError
 from clat.features import observe
 from clat.inputs import annotations, check_seed, fit, nearest, shown
@@ -82,11 +82,28 @@ class Method:
         self.selections += 1
         return parameters
 
-    def choose(self, x: Images, y: Labels, epoch: int, *, unseen: Batch | None = None) -> Selection:
-        """The tuner's decision before an epoch (from 1) on a batch of images. The network stays as it is."""
+    def choose(
+        self,
+        x: Images,
+        y: Labels,
+        epoch: int,
+        *,
+        unseen: Batch | None = None,
+        threat: Threat | None = None,
+        mean: MeanOfAll | None = None,
+    ) -> Selection:
+        """The tuner's decision before an epoch (from 1) on a batch of images. The network stays as it is.
+
+        Args:
+            threat: in place of the method's own
+            mean: where each process has other images: averages over them what a tuner that ``averages`` measures
+        """
         self.mark()
-        more = {} if unseen is None else {"unseen": unseen}  # only tuners that ask for such images take them
-        return self.tuner.select(self.model, x, y, self.threat, epoch=epoch, seed=self.seed, **more)
+        asked = {"unseen": unseen, "mean": mean}  # only tuners that ask for these take them
+        more: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        return self.tuner.select(
+            self.model, x, y, self.threat if threat is None else threat, epoch=epoch, seed=self.seed, **more
+        )
 
     def take(self, selection: Selection) -> list[nn.Parameter]:
         """Puts a selection into effect, such as one from a run folder; returns the parameters that train."""

@@ -49,6 +49,11 @@ def begin(job: Job, data: Dataset, origin: str | None) -> None:
         run.write("recipe.yaml", job.recipe.keys())  # last: from here on the folder is a run
 
     job.processes.by_first(write)
+    if job.processes.totals(int(run.exists))[0] < job.processes.count:
+        raise InputError(
+            f"Some processes do not see {plain(run.folder)}, which the first one made; choose an --out on a file "
+            "system that all machines share."
+        )
 
 
 def check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, Norm, check_k, layer_count, ranked
+from clat.criticality import LayerScore, MeanOfAll, Norm, check_k, layer_count, ranked
 from clat.errors import InputError
 from clat.features import At
 from clat.inputs import check_fields
@@ -79,6 +79,9 @@ class Critical(Tuner):
     def unseen(self) -> int:
         return self.batch if self._measure() == "alignment" else 0
 
+    def averages(self) -> bool:
+        return self._measure() in ("criticality", "relative", "loss")  # means over images
+
     def select(
         self,
         model: nn.Module,
@@ -89,9 +92,12 @@ class Critical(Tuner):
         epoch: int = 1,
         seed: int = 0,
         unseen: Batch | None = None,
+        mean: MeanOfAll | None = None,
     ) -> Selection:
         """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,).
 
+        Args:
+            mean: averages the measure over processes that have other images of the same batch, if it ``averages``
         Raises:
             InputError: more layers than can be selected, or a batch that is none
         """
@@ -100,7 +106,7 @@ class Critical(Tuner):
         other = None
         if unseen is not None and measure == "alignment":
             other = Attacked(unseen[0], attack_output(model, *unseen, threat), unseen[1])
-        scores = rank_layers(model, attacked, measure, unseen=other, norm=self.norm, at=self.at)
+        scores = rank_layers(model, attacked, measure, unseen=other, norm=self.norm, at=self.at, mean=mean)
         selected = self._listed(model, x) if self.layers else self._top(model, scores, seed + epoch)
         chosen = with_tied(model, selected, (score.name for score in scores))
         own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}
