@@ -37,8 +37,8 @@ def counted(rank: int, count: int) -> Iterator[None]:
     try:
         yield
         leaving.state = DONE
-    except BaseException:
-        leaving.state = FAILED
+    except BaseException as error:
+        leaving.state, leaving.error = FAILED, error
         raise
     finally:
         leaving.event.set()
@@ -52,17 +52,24 @@ class _Leaving:
 
     def __init__(self) -> None:
         self.event, self.state = threading.Event(), ALIVE
+        self.error: BaseException | None = None
+
+    def for_the_same_reason(self) -> bool:
+        """Whether this process leaves too, soon, and not because the one that failed does not answer any more."""
+        left = self.event.wait(GRACE)
+        return left and type(self.error) is not RuntimeError and not isinstance(self.error, dist.DistError)
 
 
 def _count(group: Any, leaving: _Leaving, rank: int) -> None:
     """Tells the others how this process is and hears how they are, until one leaves."""
     while True:
-        worst = torch.tensor([leaving.state])
+        own = leaving.state
+        worst = torch.tensor([own])
         try:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
         except RuntimeError:
             _end(rank, "stops, as another process has ended or cannot be reached")
-        if worst.item() == FAILED and not leaving.event.wait(GRACE):
+        if worst.item() == FAILED != own and not leaving.for_the_same_reason():
             _end(rank, "stops, as another process has failed; what that one says is the cause")
         if worst.item() != ALIVE:
             return

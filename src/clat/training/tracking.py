@@ -44,7 +44,7 @@ def tracked(job: Job) -> Iterator[Log]:
     try:
         yield log
     finally:
-        for tracker in accelerator.trackers:
+        for tracker in accelerator.trackers if begun else ():
             tracker.finish()
         accelerator.trackers = []
 
