@@ -1,7 +1,10 @@
-"""Speed and memory, side by side; writes results/bench.json and results/memory.json, from which `make docs` has tables.
+"""Speed, memory and traffic, side by side, for the tables of `make docs`.
+
+It writes results/bench.json, results/memory.json and results/processes.json.
 
     python bench/run.py            every part, about 30 minutes on two cores; leave the machine alone meanwhile
     python bench/run.py memory     only what a step keeps in memory, which a busy machine does not disturb
+    python bench/run.py processes  only what two processes send each other
 
 What was measured in the same environment is not measured again.
 """
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import memory
+import processes
 import times
 import torch
 from steps import STEPS
@@ -76,7 +80,11 @@ def run(todo: dict[str, Part], target: Path, device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    device = best_device()
-    run(memory_parts(device), RESULTS / "memory.json", device)
-    if "memory" not in sys.argv[1:]:
+    device, wanted = best_device(), sys.argv[1:] or ["memory", "processes", "speed"]
+    if "memory" in wanted:
+        run(memory_parts(device), RESULTS / "memory.json", device)
+    if "processes" in wanted:
+        traffic = partial(processes.traffic, ("rn18", "rn50", "wrn34-10"))
+        run({"traffic": traffic}, RESULTS / "processes.json", device)
+    if "speed" in wanted:
         run(parts(device), RESULTS / "bench.json", device)

@@ -1,0 +1,78 @@
+"""What two processes send each other in a step, over the loopback of this machine.
+
+python -m torch.distributed.run --standalone --nproc_per_node 2 bench/processes.py NETWORK METHOD
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from steps import LABEL, PGD_AT, SELECTIONS, images, network, ours
+from torch import nn
+
+from clat.batchnorm import shared_norms
+from clat.threat import Threat
+from clat.training.processes import Processes, started
+
+METHODS = {"pgd-at": PGD_AT, "clat": LABEL}
+
+
+def traffic(networks: Sequence[str]) -> dict[str, Any]:
+    """Of each network and method: numbers that train, bytes that a process sends in a step, seconds of the exchange."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    found: dict[str, Any] = {}
+    for name in networks:
+        for method in METHODS:
+            printed = subprocess.run([*launch, name, method], check=True, capture_output=True, text=True).stdout
+            found[f"{name} {method}"] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def of_step(name: str, method: str, processes: Processes, repeats: int = 5) -> dict[str, Any]:
+    """One attack step in place of ten, as an attack sends nothing. Of other traffic on the loopback, the least counts."""
+    seconds: list[float] = []
+
+    def share(parameters: list[nn.Parameter]) -> None:
+        processes.wait()
+        began = time.perf_counter()
+        processes.average_gradients(parameters)
+        seconds.append(time.perf_counter() - began)
+
+    training = replace(METHODS[method], threat=Threat(steps=1), precision="fp32")
+    model = network(name, "cpu")
+    step = ours(training, model, *images(2, "cpu"), () if method == "pgd-at" else SELECTIONS[name], share=share)
+    sent = []
+    with shared_norms(model, processes.mean, processes.count):
+        for _ in range(repeats):
+            processes.wait()
+            before = loopback()
+            step()
+            processes.wait()
+            sent.append((loopback() - before) / processes.count)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "trainable": trainable,
+        "parameters": whole,
+        "bytes": round(min(sent)),
+        "seconds": statistics.median(seconds),
+    }
+
+
+def loopback() -> int:
+    """Bytes that were sent over it so far, from Linux's account."""
+    (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[9])
+
+
+if __name__ == "__main__":
+    together = started("cpu")
+    result = of_step(sys.argv[1], sys.argv[2], together)
+    if together.first:
+        print(json.dumps(result))
