@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, made from results/bench.json and results/memory.json by `make docs`."""
+"""The tables of docs/performance.md and docs/scale.md, made from results/*.json by `make docs`."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -102,6 +102,15 @@ def others(parts: Parts) -> list[str]:
     ]
 
 
+def traffic(rows: dict[str, Any]) -> list[str]:
+    lines = ["| network | PGD-AT trains | sends, MB | CLAT trains | sends, MB | share |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(name.split()[0] for name in rows):
+        whole, part = rows[f"{name} pgd-at"], rows[f"{name} clat"]
+        cells = [cell for row in (whole, part) for cell in (f"{row['trainable']:,}", f"{row['bytes'] / 1e6:.1f}")]
+        lines.append(f"| {' | '.join([name, *cells])} | {100 * part['bytes'] / whole['bytes']:.0f} % |")
+    return lines
+
+
 TABLES: dict[str, Callable[[Parts], list[str]]] = {
     "steps": steps,
     "depth": lambda parts: by_depth(parts["by depth"]),
@@ -111,4 +120,5 @@ TABLES: dict[str, Callable[[Parts], list[str]]] = {
     "kept": lambda parts: memory([parts["kept fp32"], parts["kept bf16"]]),
     "peak memory": lambda parts: memory([parts["memory fp32"], parts["memory bf16"]]),
     "others": others,
+    "traffic": lambda parts: traffic(parts["traffic"]),
 }

@@ -4,17 +4,14 @@ python -m torch.distributed.run --standalone --nproc_per_node 2 bench/processes.
 """
 
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from steps import LABEL, PGD_AT, SELECTIONS, images, network, ours
-from torch import nn
 
 from clat.batchnorm import shared_norms
 from clat.threat import Threat
@@ -24,7 +21,7 @@ METHODS = {"pgd-at": PGD_AT, "clat": LABEL}
 
 
 def traffic(networks: Sequence[str]) -> dict[str, Any]:
-    """Of each network and method: numbers that train, bytes that a process sends in a step, seconds of the exchange."""
+    """Of each network and method: numbers that train, and bytes that a process sends in a step."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     found: dict[str, Any] = {}
     for name in networks:
@@ -35,18 +32,11 @@ def traffic(networks: Sequence[str]) -> dict[str, Any]:
 
 
 def of_step(name: str, method: str, processes: Processes, repeats: int = 5) -> dict[str, Any]:
-    """One attack step in place of ten, as an attack sends nothing. Of other traffic on the loopback, the least counts."""
-    seconds: list[float] = []
-
-    def share(parameters: list[nn.Parameter]) -> None:
-        processes.wait()
-        began = time.perf_counter()
-        processes.average_gradients(parameters)
-        seconds.append(time.perf_counter() - began)
-
+    """With one attack step in place of ten, as an attack sends nothing. The least of all repeats has no other traffic."""
     training = replace(METHODS[method], threat=Threat(steps=1), precision="fp32")
     model = network(name, "cpu")
-    step = ours(training, model, *images(2, "cpu"), () if method == "pgd-at" else SELECTIONS[name], share=share)
+    selected = () if method == "pgd-at" else SELECTIONS[name]
+    step = ours(training, model, *images(2, "cpu"), selected, share=processes.average_gradients)
     sent = []
     with shared_norms(model, processes.mean, processes.count):
         for _ in range(repeats):
@@ -56,13 +46,7 @@ def of_step(name: str, method: str, processes: Processes, repeats: int = 5) -> d
             processes.wait()
             sent.append((loopback() - before) / processes.count)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "trainable": trainable,
-        "parameters": whole,
-        "bytes": round(min(sent)),
-        "seconds": statistics.median(seconds),
-    }
+    return {"trainable": trainable, "bytes": round(min(sent))}
 
 
 def loopback() -> int:
