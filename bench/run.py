@@ -1,10 +1,10 @@
 """Speed, memory and traffic, side by side, for the tables of `make docs`.
 
-It writes results/bench.json, results/memory.json and results/processes.json.
+It writes results/bench.json, results/memory.json and results/scale.json.
 
     python bench/run.py            every part, about 30 minutes on two cores; leave the machine alone meanwhile
     python bench/run.py memory     only what a step keeps in memory, which a busy machine does not disturb
-    python bench/run.py processes  only what two processes send each other
+    python bench/run.py scale      only what two processes send each other, and memory at 224 pixels
 
 What was measured in the same environment is not measured again.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import memory
-import processes
+import scale
 import times
 import torch
 from steps import STEPS
@@ -62,6 +62,13 @@ def memory_parts(device: str) -> dict[str, Part]:
     }
 
 
+def scale_parts() -> dict[str, Part]:
+    return {
+        "traffic": partial(scale.traffic, ("rn18", "rn50", "wrn34-10")),
+        "kept at 224": partial(scale.kept_at_224, "torchvision/resnet50", scale.SELECTIONS["rn50"]),
+    }
+
+
 def run(todo: dict[str, Part], target: Path, device: str) -> dict[str, Any]:
     """Runs what the file does not have yet from this environment and writes it after each part."""
     about = environment(torch.device(device), argv=[])
@@ -80,11 +87,10 @@ def run(todo: dict[str, Part], target: Path, device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    device, wanted = best_device(), sys.argv[1:] or ["memory", "processes", "speed"]
+    device, wanted = best_device(), sys.argv[1:] or ["memory", "scale", "speed"]
     if "memory" in wanted:
         run(memory_parts(device), RESULTS / "memory.json", device)
-    if "processes" in wanted:
-        traffic = partial(processes.traffic, ("rn18", "rn50", "wrn34-10"))
-        run({"traffic": traffic}, RESULTS / "processes.json", device)
+    if "scale" in wanted:
+        run(scale_parts(), RESULTS / "scale.json", device)
     if "speed" in wanted:
         run(parts(device), RESULTS / "bench.json", device)

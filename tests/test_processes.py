@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -321,3 +323,27 @@ def child_of(launcher: int, rank: int) -> int:
         except OSError:
             continue
     raise AssertionError("torchrun has no such child")
+
+
+def test_the_commands_of_the_page_are_understood():
+    """Each launcher takes its flags, and clat takes the rest."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    from clat.cli.arguments import parse
+    from clat.cli.commands import COMMANDS
+
+    launchers = {"accelerate launch": launch_command_parser(), "torchrun": get_args_parser()}
+    lines = re.findall(
+        r"^((?:accelerate launch|torchrun) .*)$", (HERE.parent / "docs/scale.md").read_text(), re.MULTILINE
+    )
+    assert len(lines) == 3
+    for line in lines:
+        launcher = next(name for name in launchers if line.startswith(name))
+        given = launchers[launcher].parse_args(shlex.split(line.removeprefix(launcher)))
+        assert given.module
+        assert given.training_script == "clat"
+        name, values = parse(given.training_script_args, COMMANDS)
+        assert name == "finetune"
+        assert values["recipe"].tuner == replace(Critical(), k=3)
+        assert values["recipe"].batch_size % 8 == 0

@@ -135,7 +135,7 @@ def same_attacks() -> Lines:
 
 
 def bench(name: str) -> Lines:
-    return page.TABLES[name](results("bench")["parts"] | results("memory")["parts"] | results("processes")["parts"])
+    return page.TABLES[name](results("bench")["parts"] | results("memory")["parts"] | results("scale")["parts"])
 
 
 # From the code
