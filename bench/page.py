@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, made from bench.json, memory.json and loading.json in results/ by `make docs`."""
+"""The tables of docs/performance.md and docs/scale.md, made from results/*.json by `make docs`."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -110,6 +110,53 @@ def loading(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def traffic(rows: dict[str, Any]) -> list[str]:
+    lines = ["| network | PGD-AT trains | sends, MB | CLAT trains | sends, MB | share |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(name.split()[0] for name in rows):
+        whole, part = rows[f"{name} pgd-at"], rows[f"{name} clat"]
+        cells = [cell for row in (whole, part) for cell in (f"{row['trainable']:,}", f"{row['bytes'] / 1e6:.1f}")]
+        lines.append(f"| {' | '.join([name, *cells])} | {100 * part['bytes'] / whole['bytes']:.0f} % |")
+    return lines
+
+
+def kept_at_224(row: dict[str, Any]) -> list[str]:
+    lines = [
+        "| step | fp32, MiB an image | share of PGD-AT | bf16, MiB an image | share of PGD-AT |",
+        "|---|---|---|---|---|",
+    ]
+    for method in ("pgd-at", "clat"):
+        used = [(row[f"{method} {each}"], row[f"pgd-at {each}"]) for each in ("fp32", "bf16")]
+        cells = [cell for size, whole in used for cell in (f"{size / 2**20:.0f}", f"{size / whole:.2f}")]
+        lines.append(f"| {' | '.join([method, *cells])} |")
+    return lines
+
+
+IMAGES, GPUS, RATE, BATCH, WIRE = 1_281_167, 8, 1000, 64, 10e9 / 8  # of ImageNet; images a second; bytes a second
+
+
+def imagenet(parts: Parts) -> list[str]:
+    """Of an epoch of ImageNet: passes from their number, CLAT's from its measured ratios, messages from their size."""
+    row, fewer = parts["steps rn50"], parts["by attack steps"]
+    pgd_at = (2 * 10 + 3) / 3
+    clat = pgd_at * row["clat label / pgd-at"]["median"]
+    two = clat * fewer["clat label 2 / pgd-at"]["median"] / fewer["clat label 10 / pgd-at"]["median"]
+    sent = {name: parts["traffic"][f"rn50 {name}"]["bytes"] * 2 * 15 / 16 for name in ("pgd-at", "clat")}
+    lines = [
+        "| step | times plain training | minutes an epoch, 8 GPUs | seconds a step | MB sent, 16 GPUs | in seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = (
+        ("PGD-AT", pgd_at, "pgd-at"),
+        ("CLAT, 10 attack steps", clat, "clat"),
+        ("CLAT, 2 attack steps", two, "clat"),
+    )
+    for name, times, method in rows:
+        minutes, step = times * IMAGES / RATE / GPUS / 60, times * BATCH / RATE
+        cells = [f"{times:.1f}", f"{minutes:.0f}", f"{step:.2f}", f"{sent[method] / 1e6:.0f}"]
+        lines.append(f"| {' | '.join([name, *cells, f'{sent[method] / WIRE:.2f}'])} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[Parts], list[str]]] = {
     "steps": steps,
     "depth": lambda parts: by_depth(parts["by depth"]),
@@ -120,4 +167,7 @@ TABLES: dict[str, Callable[[Parts], list[str]]] = {
     "peak memory": lambda parts: memory([parts["memory fp32"], parts["memory bf16"]]),
     "others": others,
     "loading": lambda parts: loading([row for name, row in parts.items() if name.endswith(" workers")]),
+    "traffic": lambda parts: traffic(parts["traffic"]),
+    "imagenet": imagenet,
+    "kept at 224": lambda parts: kept_at_224(parts["kept at 224"]),
 }

@@ -1,7 +1,8 @@
-"""Speed, memory and loading; writes results/bench.json, results/memory.json and results/loading.json for `make docs`.
+"""Speed, memory, loading and traffic; writes results/{bench,memory,loading,scale}.json for `make docs`.
 
     python bench/run.py            every part, about 30 minutes on two cores; leave the machine alone meanwhile
     python bench/run.py memory     only what a step keeps in memory, which a busy machine does not disturb
+    python bench/run.py scale      only what two processes send each other, and memory at 224 pixels
     python bench/run.py loading    only how long a step waits for images that workers decode, about 3 minutes
 
 What was measured in the same environment is not measured again.
@@ -17,6 +18,7 @@ from typing import Any
 
 import loading
 import memory
+import scale
 import times
 import torch
 from steps import STEPS, Training
@@ -70,6 +72,13 @@ def loading_parts(device: str) -> dict[str, Part]:
     return {f"{workers} workers": partial(waiting, workers=workers) for workers in (0, 2)}
 
 
+def scale_parts(_device: str) -> dict[str, Part]:
+    return {
+        "traffic": partial(scale.traffic, ("rn18", "rn50", "wrn34-10")),
+        "kept at 224": partial(scale.kept_at_224, "torchvision/resnet50", scale.SELECTIONS["rn50"]),
+    }
+
+
 def run(todo: dict[str, Part], target: Path, device: str) -> dict[str, Any]:
     """Runs what the file does not have yet from this environment and writes it after each part."""
     about = environment(torch.device(device), argv=[])
@@ -89,6 +98,6 @@ def run(todo: dict[str, Part], target: Path, device: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     device = best_device()
-    every = {"memory": memory_parts, "loading": loading_parts, "bench": parts}
+    every = {"memory": memory_parts, "scale": scale_parts, "loading": loading_parts, "bench": parts}
     for name in sys.argv[1:] or every:
         run(every[name](device), RESULTS / f"{name}.json", device)

@@ -75,8 +75,19 @@ def layer_names(model: nn.Module, indices: Sequence[int]) -> list[str]:
 # This library
 
 
-def ours(training: Training, model: nn.Module, pixels: Tensor, y: Tensor, selected: Sequence[int] = ()) -> Step:
-    """A step of the training loop, from uint8 pixels to the moved weights; CLAT's with these layers selected."""
+def ours(
+    training: Training,
+    model: nn.Module,
+    pixels: Tensor,
+    y: Tensor,
+    selected: Sequence[int] = (),
+    share: Callable[[list[nn.Parameter]], None] = lambda _: None,
+) -> Step:
+    """A step of the training loop, from uint8 pixels to the moved weights; CLAT's with these layers selected.
+
+    Args:
+        share: averages the gradients over processes
+    """
     x = to_unit(pixels)
     method = OwnLoop(model, training.objective, training.tuner, training.threat, precision=training.precision)
     if selected:
@@ -90,7 +101,7 @@ def ours(training: Training, model: nn.Module, pixels: Tensor, y: Tensor, select
 
     def step() -> None:
         x = to_unit(augment(pixels))
-        method.update(optimizer, x, method.attack(x, y), y)
+        method.update(optimizer, x, method.attack(x, y), y, share=share)
 
     return step
 

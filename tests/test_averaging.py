@@ -12,8 +12,8 @@ from clat.network import same_bits, snapshot
 from clat.threat import Threat
 from clat.training import saving
 from clat.training.averaging import Average, Averaged
-from clat.training.loop import train
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from conftest import Plain, dies_before, network, same_tensors
 
 RECIPE = Recipe(

@@ -215,10 +215,10 @@ def test_public_names_are_the_same_whatever_was_imported_before():
         python="""
 import clat
 assert set(clat.__all__) <= set(dir(clat))
-import clat.evaluation.evaluate, clat.training.loop, clat.layers, clat.criticality, clat.evaluation.trust
+import clat.evaluation.evaluate, clat.training.train, clat.layers, clat.criticality, clat.evaluation.trust
 from clat import find_layers, train
 from clat.objectives import Trades
-assert clat.train is train is clat.training.loop.train and clat.find_layers is find_layers
+assert clat.train is train is clat.training.train.train and clat.find_layers is find_layers
 assert clat.objectives.Trades is Trades
 assert clat.layers.__name__ == "clat.layers" and clat.criticality.__name__ == "clat.criticality"
 print(*(name for name in clat.__all__ if getattr(clat, name) is None))

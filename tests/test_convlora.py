@@ -15,8 +15,8 @@ from clat.objectives import FastAt, PgdAt
 from clat.threat import Threat
 from clat.training.health import HealthError
 from clat.training.integrity import status_since
-from clat.training.loop import train
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from clat.tuners import ConvLora
 from clat.tuners.convlora import adapted_layers, merge, merged_state
 from conftest import dies_before, network, same_tensors

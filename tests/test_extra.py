@@ -15,9 +15,9 @@ from clat.objectives import Clean
 from clat.threat import Threat
 from clat.training.batches import run_images
 from clat.training.extra import Extra
-from clat.training.loop import train
 from clat.training.processes import started
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from conftest import dies_before, network, same_tensors
 
 BASE = Recipe(

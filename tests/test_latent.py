@@ -14,8 +14,8 @@ from clat.layers import layer_modules, trace
 from clat.network import same_bits, snapshot
 from clat.objectives import Clat
 from clat.threat import Threat, attack_output
-from clat.training.loop import train
 from clat.training.own_loop import CLAT
+from clat.training.train import train
 from clat.tuners import Critical
 from conftest import dies_before, same_tensors
 from test_teacher import RECIPE, network

@@ -9,10 +9,10 @@ from clat.cli.main import main
 from clat.errors import InputError
 from clat.threat import Threat
 from clat.training import job, loop
-from clat.training.loop import train
 from clat.training.optimizer import learning_rate
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
+from clat.training.train import train
 from clat.tuners import Critical
 from conftest import dies_before, network, same_tensors
 

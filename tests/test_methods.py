@@ -14,9 +14,9 @@ from clat.network import same_bits
 from clat.objectives import Clat, FastAt, FreeAt, GradAlign, Mart, Score, Trades
 from clat.threat import Threat
 from clat.training.awp import Awp
-from clat.training.loop import train
 from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from clat.tuners import Critical
 from conftest import Plain, dies_before, network, same_tensors
 

@@ -19,8 +19,8 @@ from clat.errors import InputError
 from clat.models import build_model, normalisation_of
 from clat.models.importing import import_weights
 from clat.models.normalisation import IMAGENET
-from clat.training.loop import train
 from clat.training.recipe import Recipe
+from clat.training.train import train
 
 NETWORK = """
 import torch

@@ -13,9 +13,9 @@ from clat.errors import InputError
 from clat.network import same_bits, snapshot
 from clat.objectives import PgdAt
 from clat.threat import Threat, attack_output
-from clat.training.loop import train
 from clat.training.own_loop import CLAT
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from clat.tuners import Critical
 from clat.tuners.rankings import Attacked, rank_layers
 

@@ -13,8 +13,8 @@ from clat.models import build_model
 from clat.network import same_bits, snapshot
 from clat.objectives import Clean, PgdAt
 from clat.threat import Threat, attack_output
-from clat.training.loop import train
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from clat.tuners import Rift, Whole
 from clat.tuners.rift import Point, choose, risk, worst_risk
 from conftest import dies_before, network, same_tensors

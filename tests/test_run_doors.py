@@ -28,10 +28,10 @@ from clat.threat import Threat
 from clat.training import loop, saving
 from clat.training.claims import claim
 from clat.training.integrity import IntegrityError, verify
-from clat.training.loop import train
 from clat.training.processes import started
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
+from clat.training.train import train
 from clat.tuners import Critical, Whole
 from conftest import same_tensors
 
@@ -769,7 +769,7 @@ from test_run_doors import CRITICAL, small
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.training import saving
-from clat.training.loop import train
+from clat.training.train import train
 def full(job, *rest):
     raise InputError(f"The disk of {{job.processes.rank}} is full.")
 data = Dataset(*torch.load({data!r}, weights_only=True), ("a", "b", "c"), "noise", "train")

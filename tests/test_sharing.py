@@ -32,9 +32,9 @@ from clat.sharing import (
     save_pretrained,
 )
 from clat.threat import Threat
-from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
+from clat.training.train import train
 from clat.tuners import ConvLora, Critical, Rift, Whole
 from conftest import Plain, network, same_tensors
 

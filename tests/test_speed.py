@@ -23,7 +23,7 @@ from clat.layers import trace
 from clat.models import build_model
 from clat.objectives import Clat
 from clat.threat import Threat, ascend
-from clat.training.loop import train
+from clat.training.train import train
 from conftest import network
 from test_train import CLAT
 

@@ -14,9 +14,9 @@ from clat.objectives import OBJECTIVES, Clat, Clean, Trades
 from clat.training.awp import Awp
 from clat.training.batches import split
 from clat.training.extra import Extra
-from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.training.targets import targets
+from clat.training.train import train
 from clat.tuners import Critical
 from conftest import network
 from test_length import SHORT

@@ -11,9 +11,9 @@ from clat.models import build_model
 from clat.network import same_bits, snapshot
 from clat.objectives import Clat
 from clat.threat import Threat
-from clat.training.loop import train
 from clat.training.own_loop import CLAT
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from clat.tuners import Critical
 from conftest import dies_before, same_tensors
 

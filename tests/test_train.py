@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +22,8 @@ from clat.threat import Threat
 from clat.training import saving
 from clat.training.health import HealthError
 from clat.training.integrity import IntegrityError, status_since
-from clat.training.loop import train
 from clat.training.recipe import Recipe
-from clat.training.runs import Run
+from clat.training.train import train
 from clat.tuners import Critical
 from conftest import dies_before, network, same_tensors
 
@@ -119,7 +117,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from test_train import CLAT, BASE, network, replace, Critical
 from clat.data.dataset import Dataset
-from clat.training.loop import train
+from clat.training.train import train
 pixels, labels = torch.load({data!r}, weights_only=True)
 data = Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train")
 recipe = replace(BASE, epochs=6, health=False) if {name!r} == "whole" else replace(
@@ -280,76 +278,3 @@ def test_a_full_disk_loses_nothing(blobs, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", real)
     resumed = train(recipe, network(), blobs, out=tmp_path / "run", resume=True)
     assert same_tensors(whole.last, resumed.last)
-
-
-# What two processes compute as one does: no random start or crop, which each process draws for itself, and no batch
-# statistics, which each takes of its own half. The l2 ball has no sign that rounding turns over.
-SHARED = replace(
-    CLAT,
-    epochs=2,
-    batch_size=60,
-    augment=False,
-    precision="fp32",
-    threat=Threat(eps=0.5, step=0.2, steps=2, start="zero", norm="l2"),
-    tuner=Critical(k=2, every=1),
-)
-# One step with batch statistics. Running statistics are averaged at the end of an epoch; before that each process has
-# its own, which the attack of a second step would already see (1e-4 of the mean here).
-SHARED_STATISTICS = replace(SHARED, epochs=1, batch_size=180, tuner=Critical(k=1, norm_statistics="selected"))
-SHARED_WHOLE = replace(BASE, batch_size=60, augment=False, precision="fp32", threat=SHARED.threat, health=False)
-
-
-def without_norms() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3, stride=2), nn.Flatten(), nn.Linear(128, 3))
-
-
-def train_shared(data: Dataset, folder: Path) -> None:
-    train(SHARED, network(), data, out=folder / "critical")
-    train(SHARED_WHOLE, without_norms(), data, out=folder / "whole")
-    train(SHARED_STATISTICS, network(), data, out=folder / "statistics")
-
-
-TWO = """
-import sys, torch
-from pathlib import Path
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_train import Dataset, train_shared
-pixels, labels = torch.load({data!r}, weights_only=True)
-train_shared(Dataset(pixels, labels, ("top", "middle", "bottom"), "blobs", "train"), Path({out!r}))
-"""
-
-
-def test_two_processes_train_as_one_does(blobs, tmp_path):
-    """At the same global batch: each attacks its half, gradients are averaged, so the weights are those of one.
-
-    Slow (20 s alone, more on a busy machine): torchrun imports torch three times. No other test sees gradients and
-    running statistics averaged.
-    """
-    torch.save((blobs.pixels, blobs.labels), tmp_path / "data.pt")
-    script = tmp_path / "run.py"
-    script.write_text(
-        TWO.format(tests=os.path.dirname(__file__), data=str(tmp_path / "data.pt"), out=str(tmp_path / "two"))
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[:3000]
-    train_shared(blobs, tmp_path / "one")
-    for name in ("critical", "whole"):
-        one, two = Run(tmp_path / "one" / name), Run(tmp_path / "two" / name)
-        assert (one.environment["processes"], two.environment["processes"]) == (1, 2)
-        assert [selection.layers for selection in one.selections] == [selection.layers for selection in two.selections]
-        for entry, other in zip(one.metrics, two.metrics, strict=True):
-            for key in ("clean", "validation_images"):  # the validation attack starts at random
-                assert entry[key] == other[key]
-        other = tensors(two.last)
-        for key, tensor in tensors(one.last).items():
-            assert (tensor - other[key]).float().norm() <= 1e-5 * tensor.float().norm(), key
-    one, two = (tensors(tmp_path / count / "statistics/last.safetensors") for count in ("one", "two"))
-    (norm,) = Run(tmp_path / "one/statistics").selections[0].training
-    mean = f"{norm}.running_mean"
-    assert not torch.equal(one[mean], tensors(tmp_path / "one/critical/last.safetensors")[mean])  # it moved
-    assert (one[mean] - two[mean]).norm() <= 1e-5 * one[mean].norm()

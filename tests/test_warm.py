@@ -10,9 +10,9 @@ from clat.data.crops import Crops
 from clat.errors import InputError
 from clat.objectives import Clat, Clean, FreeAt, PgdAt
 from clat.threat import Threat, attack_output
-from clat.training.loop import train
 from clat.training.method import Method
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from clat.training.warm import Perturbations
 from clat.tuners import Whole
 from conftest import dies_before, same_tensors

@@ -137,8 +137,10 @@ def same_attacks() -> Lines:
 
 
 def bench(name: str) -> Lines:
-    parts = [results(file)["parts"] for file in ("bench", "memory", "loading")]
-    return page.TABLES[name](parts[0] | parts[1] | parts[2])
+    parts: dict[str, Any] = {}
+    for file in ("bench", "memory", "loading", "scale"):
+        parts |= results(file)["parts"]
+    return page.TABLES[name](parts)
 
 
 # From the code

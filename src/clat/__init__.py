@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from clat.threat import Threat, attack_output
     from clat.training.health import HealthError
     from clat.training.integrity import IntegrityError
-    from clat.training.loop import train
     from clat.training.own_loop import CLAT, OwnLoop
     from clat.training.recipe import Recipe
+    from clat.training.train import train
     from clat.tuners.order import top
 
 __all__ = [
@@ -79,7 +79,7 @@ MODULES = {
     "save_checkpoint": "checkpoint",
     "sweep": "evaluation.sweep",
     "top": "tuners.order",
-    "train": "training.loop",
+    "train": "training.train",
     "transfer": "evaluation.transfer",
     "trust": "evaluation.trust",
 }

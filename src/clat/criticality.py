@@ -1,6 +1,7 @@
 """How much each layer contributes to the network's weakness under attack: Eq. 5 and 6."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from clat.layers import Call, trace
 from clat.network import Images, check_images, held
 
 Norm = Literal["paper", "rms", "relative"]
+MeanOfAll = Callable[[Tensor, int], Tensor]  # means over so many images here -> over those of all processes
 
 SMALLEST_RATIO = 1e-6  # denominators of Eq. 6 below this share of the largest weakness count as this share
 
@@ -35,7 +37,13 @@ class LayerScore:
 
 
 def layer_criticality(
-    model: nn.Module, x: Images, x_adv: Images, *, norm: Norm = "paper", at: At = "output"
+    model: nn.Module,
+    x: Images,
+    x_adv: Images,
+    *,
+    norm: Norm = "paper",
+    at: At = "output",
+    mean: MeanOfAll | None = None,
 ) -> list[LayerScore]:
     """Weakness (Eq. 5) and criticality (Eq. 6) of every layer, in execution order, from one forward pass.
 
@@ -48,6 +56,7 @@ def layer_criticality(
         norm: divide each feature distance by N ("paper", Eq. 5), by sqrt(N) ("rms") or, image by image, by the length
             of the clean feature ("relative")
         at: compare features at the layer's output or after its normalisation and activation
+        mean: averages the weaknesses over processes that have other images of the same batch
     Raises:
         InputError: images of another shape or outside [0, 1]; another word; features that are not finite
     """
@@ -73,7 +82,8 @@ def layer_criticality(
         observe(model, torch.cat([x, x_adv]), modules, compare, at=at)
     if len(weakness) != len(calls):
         raise InputError("The network ran other layers on the whole batch than on one image; it must not depend on it.")
-    return _scores(calls, torch.stack([weakness[number] for number in range(len(calls))]).tolist())
+    found = torch.stack([weakness[number] for number in range(len(calls))])
+    return _scores(calls, (found if mean is None else mean(found, len(x))).tolist())
 
 
 def _scores(calls: list[Call], weakness: list[float]) -> list[LayerScore]:

@@ -23,9 +23,9 @@ from clat.models import build_model
 from clat.objectives import Clat
 from clat.text import plain
 from clat.threat import Threat, attack_output
-from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
+from clat.training.train import train
 from clat.tuners import Critical
 from clat.tuners.order import ranked
 

@@ -15,9 +15,10 @@ from clat.data.dataset import Dataset
 from clat.models import normalisation_of
 from clat.text import plain
 from clat.training.integrity import IntegrityError, status_since
-from clat.training.loop import train as train_model
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
+from clat.training.tracking import check_tracker
+from clat.training.train import train as train_model
 
 
 def demo(out: str = "clat-demo", resume: bool = False, overwrite: bool = False) -> None:
@@ -41,6 +42,7 @@ def train(
     overwrite: bool = False,
     device: str | None = None,
     workers: int = 2,
+    tracker: str | None = None,
 ) -> None:
     """Trains a network from random weights by a recipe.
 
@@ -54,11 +56,13 @@ def train(
         overwrite: replace the run in that folder
         device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given
         workers: processes that decode images, where these do not fit into memory
+        tracker: tensorboard, wandb or trackio: told accuracies, losses and selections as they happen
     """
+    check_tracker(tracker)
     dataset = data_named(data, "train")
     torch.manual_seed(recipe.seed)
     network = network_named(model, dataset)
-    keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers}
+    keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers, "tracker": tracker}
     _run(recipe, network, dataset, out, model, keys)
 
 
@@ -73,6 +77,7 @@ def finetune(
     overwrite: bool = False,
     device: str | None = None,
     workers: int = 2,
+    tracker: str | None = None,
 ) -> None:
     """Fine-tunes a network from a checkpoint or run by a recipe.
 
@@ -85,7 +90,9 @@ def finetune(
         overwrite: replace the run in that folder
         device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given
         workers: processes that decode images, where these do not fit into memory
+        tracker: tensorboard, wandb or trackio: told accuracies, losses and selections as they happen
     """
+    check_tracker(tracker)
     network, facts = checkpoint_named(origin, model)
     dataset = fitting(data_named(data, "train"), facts, origin, unseen=False)
     held = facts.get("holdout", {})
@@ -97,7 +104,7 @@ def finetune(
             ),
             markup=False,
         )
-    keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers}
+    keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers, "tracker": tracker}
     _run(recipe, network, dataset, out, str(checkpoint_path(origin)), keys)
 
 

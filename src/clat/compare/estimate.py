@@ -14,10 +14,10 @@ from clat.compare.unit import attacks_of
 from clat.data.dataset import Dataset
 from clat.evaluation.cost import pass_seconds
 from clat.training.batches import split
-from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.training.recipe_files import laid_over
 from clat.training.runs import Run
+from clat.training.train import train
 
 HOW = (
     "The estimate counts passes, timed here on each network by training on a few images: steps + 1 for each training "

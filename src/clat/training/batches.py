@@ -1,7 +1,7 @@
 """The images of a run: those held out for validation, and the training images of each epoch, batch by batch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -146,6 +146,34 @@ class RunImages:
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.recipe.seed, epoch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartThreat(Threat):
+    """A threat model of one process's images of a batch: they start as they would in a process that has all of them.
+
+    Args:
+        images: of the whole batch
+        rank, ranks: this process, which has every image of number rank, rank + ranks, ..., and the number of processes
+    """
+
+    images: int
+    rank: int
+    ranks: int
+
+    @classmethod
+    def of(cls, threat: Threat, images: int, processes: Processes) -> "PartThreat":
+        usual = {field.name: getattr(threat, field.name) for field in fields(threat)}
+        return cls(**usual, images=images, rank=processes.rank, ranks=processes.count)
+
+    def own(self, of_all: Tensor) -> Tensor:
+        """This process's rows."""
+        return of_all[self.rank :: self.ranks]
+
+    def first(self, x: Images) -> Images:
+        every = x.new_zeros(self.images, *x.shape[1:])
+        self.own(every).copy_(x)
+        return self.own(super().first(every))
 
 
 def run_images(recipe: Recipe, data: Dataset, processes: Processes, workers: int = 0) -> RunImages:

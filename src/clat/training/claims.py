@@ -23,6 +23,7 @@ FILES = (
     "averaged.safetensors",
 )
 LOCK = ".lock"
+EVENTS = "tensorboard"  # the folder of that tracker
 RECORD = re.compile(r"\.?[\w.+-]+-[0-9a-f]{12}\.json(\.partial)?")  # of an evaluation
 
 
@@ -54,6 +55,8 @@ def clear(run: Run) -> None:
     for path in sorted(_files(run.folder), key=lambda path: order.index(path.name) if path.name in order else 1):
         if path.name == "evaluations":
             _clear_records(path)
+        elif path.name == EVENTS:
+            _clear_events(path)
         elif _is_own(path) and path.name != LOCK:
             path.unlink(missing_ok=True)
 
@@ -89,7 +92,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_own(path: Path) -> bool:
-    if path.name == "evaluations":
+    if path.name in ("evaluations", EVENTS):
         return path.is_dir() and not path.is_symlink()
     name = _written(path.name)
     own = name in (*FILES, LOCK) or re.fullmatch(r"optimizer-\d+\.safetensors", name) is not None
@@ -189,6 +192,13 @@ def _clear_records(folder: Path) -> None:
             path.unlink()
     with suppress(OSError):
         folder.rmdir()
+
+
+def _clear_events(folder: Path) -> None:
+    """Removes what TensorBoard's writer made, and the folder if it is then empty."""
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
+    _remove_empty([folder])
 
 
 def _is_record(path: Path) -> bool:

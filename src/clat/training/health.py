@@ -4,10 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from clat.evaluation.accuracy import CHANCE
-from clat.network import Images
 from clat.training.recipe import Recipe
 
 WEAK = 0.5  # perturbations below this share of eps, on average, mean that the attack does not work
@@ -17,18 +14,17 @@ class HealthError(RuntimeError):
     """A run failed in a way that more epochs will not fix; the message names the likely cause."""
 
 
-def check_finite(loss: Tensor, recipe: Recipe, epoch: int, step: int) -> None:
+def check_finite(loss: float, recipe: Recipe, epoch: int, step: int) -> None:
     """Raises HealthError if the loss so far is not finite."""
-    if not math.isfinite(loss.item()):
+    if not math.isfinite(loss):
         raise HealthError(
             f"The loss is not finite in epoch {epoch}, step {step + 1}. Likely cause: the learning rate ({recipe.lr}) "
             "is too high for these layers; lower lr or set clip."
         )
 
 
-def check_attack(x_adv: Images, x: Images, recipe: Recipe) -> None:
-    """Raises HealthError if a training attack hardly moves the images."""
-    length = recipe.threat.distance(x_adv, x).mean().item()
+def check_attack(length: float, recipe: Recipe) -> None:
+    """Raises HealthError if a training attack hardly moves the images: by this length on average."""
     if recipe.health and length < WEAK * recipe.threat.radius:
         raise HealthError(
             f"The training attack moves images by {length:.4f} on average, far below eps = {recipe.threat.radius:.4f}. "

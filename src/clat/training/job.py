@@ -18,13 +18,14 @@ from clat.errors import InputError
 from clat.network import Images, Labels
 from clat.text import plain
 from clat.training.averaging import Averaged
-from clat.training.batches import RunImages, TrainingBatch, run_images
+from clat.training.batches import PartThreat, RunImages, TrainingBatch, run_images
 from clat.training.method import Method
 from clat.training.optimizer import learning_rate
 from clat.training.processes import Processes
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
 from clat.training.targets import targets
+from clat.tuners.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ class Job:
 
     def report(self, entry: dict[str, Any]) -> None:
         """Prints an epoch's line."""
+        terms = {name.removeprefix("loss/"): value for name, value in entry.items() if name.startswith("loss/")}
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
         self.say(
-            f"epoch {entry['epoch']}/{self.recipe.epochs}: loss {entry['loss']:.3f}, validation clean "
+            f"epoch {entry['epoch']}/{self.recipe.epochs}: loss {entry['loss']:.3f}"
+            f"{f' ({plain(listed)})' if len(terms) > 1 else ''}, validation clean "
             f"{100 * entry['clean']:.1f} %, robust {100 * entry['robust']:.1f} %, {entry['seconds']:.0f} s"
         )
 
@@ -73,6 +77,17 @@ class Job:
         """The learning rate of a step."""
         selected = self.method.selection.epoch if self.method.selection else 1
         return learning_rate(self.recipe, epoch, step, self.images.steps, selected)
+
+    def choose(self, epoch: int) -> Selection:
+        """What trains from this epoch on, the same in every process; each one measures its share of the images."""
+        tuner, processes = self.method.tuner, self.processes
+        (x, y), unseen = self.images.for_selection(epoch, tuner.batch, tuner.unseen())
+        together: dict[str, Any] = {}
+        if tuner.averages() and 1 < processes.count <= len(x):
+            part = PartThreat.of(self.recipe.threat, len(x), processes)
+            together = {"threat": part, "mean": processes.mean_over_images}
+            x, y = part.own(x), part.own(y)
+        return processes.of_first(self.method.choose(x, y, epoch, unseen=unseen, **together))
 
     def attack(self, batch: TrainingBatch) -> Images:
         """Algorithm 1, line 13, part by part; the images themselves where the objective attacks none."""
@@ -86,7 +101,7 @@ class Job:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def average_buffers(self) -> None:
-        """BatchNorm's statistics, which each process moved by its own images, become one again."""
+        """Buffers that each process moved by its own images become one again; those of BatchNorm already are."""
         if self.method.selection is not None:
             moving = self.method.selection.moving_buffers(self.model)
             for held in (dict(self.model.named_buffers()), self.averaged.tensors):

@@ -1,98 +1,35 @@
 """Algorithm 1, for pre-training and fine-tuning, any objective and any tuner, one process or several.
 
-The file is in the order in which it runs: ``train`` prepares, ``_epochs`` is the algorithm, ``_select`` its lines 4 to
-10 and ``_epoch`` its lines 11 to 16.
+The file is in the order in which it runs: ``_epochs`` is the algorithm, ``_select`` and ``_take`` its lines 4 to 10,
+``_epoch`` its lines 11 to 16. What comes before is in ``train``.
 """
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from torch import Tensor, nn
 
+from clat.batchnorm import shared_norms
 from clat.checkpoint import load_weights
 from clat.compute import seeded
-from clat.data.arrays import as_dataset
 from clat.data.dataset import Dataset
-from clat.evaluation.fits import check_fits
-from clat.inputs import check_least
 from clat.network import snapshot
 from clat.text import plain
-from clat.training.claims import claim
-from clat.training.health import check_attack, check_finite, check_learning
-from clat.training.job import Job, prepared, progress_bar
+from clat.training.health import check_attack, check_learning
+from clat.training.job import Job, progress_bar
+from clat.training.losses import Losses
 from clat.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from clat.training.placement import as_begun, lent, settled
-from clat.training.processes import seed_of, started
-from clat.training.recipe import Recipe
-from clat.training.runs import Run
-from clat.training.saving import begin, check_same_run, check_same_start, commit, end_best, restore, write_result
+from clat.training.processes import seed_of
+from clat.training.saving import begin, check_same_start, commit, end_best, restore, write_result
+from clat.training.tracking import Log, of_selection, tracked
 from clat.training.validation import Batch, out_of_patience, overfits, validate
 from clat.tuners.selection import Selection
 
 Entries = list[dict[str, Any]]  # a line of metrics.jsonl for each epoch
 
 
-def train(
-    recipe: Recipe,
-    model: nn.Module,
-    data: Any,
-    *,
-    out: Path | str,
-    resume: bool = False,
-    overwrite: bool = False,
-    device: torch.device | str | None = None,
-    workers: int = 2,
-    origin: str | None = None,
-    console: Console | None = None,
-    on_epoch: Callable[[dict[str, Any]], object] | None = None,
-) -> Run:
-    """Trains or fine-tunes a network by a recipe and records it in a run folder.
-
-    Args:
-        model: takes pixels in [0, 1], returns class scores; changed in place, and ends as it was after the last epoch,
-            or as its tuner leaves it then, on the device that it came from. One that ``build_model`` did not make is
-            given again to resume its run, and reads its checkpoints with ``load_weights``
-        data: the training split; ``recipe.holdout`` images of it are held out for validation
-        out: the run folder; no other process may train in it at the same time
-        resume: continue the run in ``out`` after its last finished epoch, or start it if there is none; on the CPU it
-            ends bit-identical to an uninterrupted one. Other ``epochs`` and ``patience`` may be given, where the epochs
-            that are done would have had the same learning rates
-        overwrite: replace an existing run in ``out``; only files that a run wrote are removed
-        device: where to train, e.g. cpu or cuda:1; default the fastest kind of device here, one for each process
-        workers: processes that decode images, where these do not fit into memory
-        origin: where the network's weights come from, for the record
-        console: where progress goes, e.g. ``rich.console.Console()``, also in a notebook; default none
-        on_epoch: called after each epoch with its line of metrics.jsonl, by the first process, once the epoch is saved;
-            what it raises ends the run, which ``resume`` continues
-    Raises:
-        InputError: a network, data, device or folder that does not fit, or a run folder that is damaged
-        HealthError: the loss is not finite, the accuracy stays at chance level, or the attack does not work
-        IntegrityError: a frozen tensor changed or a selected one did not
-    """
-    data = as_dataset(data)
-    check_least(0, workers=workers)
-    processes, run = started(device), Run(Path(out))
-    speaks = console if console and processes.first else Console(quiet=True)
-    with ExitStack() as claims:
-        claimed = claim(run, resume=resume, overwrite=overwrite)
-        resuming = processes.by_first(lambda: claims.enter_context(claimed))
-        if resuming:
-            recipe = as_begun(recipe, run)
-            check_same_run(run, recipe, data)
-        with lent(model, processes.device):
-            check_fits(model, data, processes.device)
-            recipe = settled(recipe, model, data, processes, speaks)
-            job = prepared(recipe, model, data, processes, run, speaks, workers, on_epoch)
-            _fit(job, data, resuming, origin)
-    return run
-
-
-def _fit(job: Job, data: Dataset, resuming: bool, origin: str | None) -> None:
+def fit(job: Job, data: Dataset, resuming: bool, origin: str | None) -> None:
     """All epochs and what comes after them."""
     start = snapshot(job.model)
     if resuming:
@@ -107,7 +44,7 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
     """Algorithm 1: the metrics of each epoch, and the epoch that was dropped for overfitting, if one was."""
     recipe, method = job.recipe, job.method
     metrics, selections, optimizer = restore(job) if resuming else ([], [], None)
-    with progress_bar(job, len(metrics)) as progress:
+    with progress_bar(job, len(metrics)) as progress, tracked(job) as log:
         for epoch in range(len(metrics) + 1, recipe.epochs + 1):
             if out_of_patience(job, metrics):
                 break
@@ -118,8 +55,10 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
                 if epoch == 1 and not resuming:
                     begin(job, data, origin)  # the input is checked, so an old run can be removed
                 optimizer = _take(job, selections[-1], optimizer)
+                log((epoch - 1) * job.images.steps, of_selection(selections[-1]))
             assert optimizer is not None  # a selection is due before the first epoch
-            losses, first_batch = _epoch(job, epoch, optimizer, progress)
+            with shared_norms(job.model, job.processes.mean, job.processes.count):
+                losses, first_batch = _epoch(job, epoch, optimizer, progress, log)
             method.verify()
             seconds = time.perf_counter() - began
             entry = validate(job, epoch, losses, first_batch, job.rate(epoch), seconds)
@@ -127,6 +66,7 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
                 return metrics, epoch
             metrics = [*metrics, entry]
             job.report(entry)
+            log(epoch * job.images.steps, entry)
             commit(job, optimizer, metrics, selections)
             job.tell(entry)
             check_learning(metrics, len(data.classes), recipe)
@@ -135,11 +75,9 @@ def _epochs(job: Job, data: Dataset, resuming: bool, origin: str | None) -> tupl
 
 def _select(job: Job, epoch: int) -> Selection:
     """Lines 4 to 9: what trains from this epoch on, the same in every process."""
-    tuner = job.method.tuner
-    (x, y), unseen = job.images.for_selection(epoch, tuner.batch, tuner.unseen())
     # In fp32: early layers' differences of bf16 features are mostly rounding.
     with seeded(seed_of(job.recipe.seed, epoch), job.processes.device):
-        selection = job.method.choose(x, y, epoch, unseen=unseen)
+        selection = job.choose(epoch)
     if selection.partial(job.model):
         job.say(f"epoch {epoch}: selected {plain(selection.in_words())}")
     return selection
@@ -155,34 +93,31 @@ def _take(job: Job, selection: Selection, before: torch.optim.Optimizer | None) 
 
 
 def _epoch(
-    job: Job, epoch: int, optimizer: torch.optim.Optimizer, progress: Callable[[int, int], None]
+    job: Job, epoch: int, optimizer: torch.optim.Optimizer, progress: Callable[[int, int], None], log: Log
 ) -> tuple[dict[str, float], Batch]:
     """Lines 11 to 16: the mean of the loss and of each of its terms over the epoch, and its first batch."""
-    recipe, method, steps = job.recipe, job.method, job.images.steps
+    recipe, method, processes, steps = job.recipe, job.method, job.processes, job.images.steps
     method.begin()
-    replays = method.objective.replays
     awp = recipe.awp if recipe.awp and epoch > recipe.awp.warmup else None
-    share = job.processes.average_gradients
-    totals: dict[str, Tensor] = {}
+    more: dict[str, Any] = {"awp": awp, "clip": recipe.clip, "parts": recipe.accumulate}
+    more["share"] = processes.average_gradients
+    losses = Losses(job, epoch)
     progress(epoch, 0)
     for step, batch in enumerate(job.images.batches(epoch)):
-        x, y = batch.x, batch.y
+        x, y, last = batch.x, batch.y, step == steps - 1
         set_rate(optimizer, recipe, job.rate(epoch, step))
-        for _ in range(replays):
-            x_adv, learned = job.attack(batch), job.learned(y)
-            terms = method.update(
-                optimizer, x, x_adv, learned, parts=recipe.accumulate, awp=awp, clip=recipe.clip, share=share
-            )
-            for name, term in {"loss": torch.stack(list(terms.values())).sum(), **terms}.items():
-                totals[name] = totals.get(name, torch.zeros((), device=x.device)) + term
-        last = step == steps - 1
+        for _ in range(method.objective.replays):
+            x_adv = job.attack(batch)  # line 13
+            losses.add(
+                method.update(optimizer, x, x_adv, job.learned(y), share=processes.average_gradients, **more)
+            )  # lines 14 and 15
         job.averaged.take(epoch, last=last)
         if step == 0:
             first_batch = x, y
             if x_adv is not x:
-                check_attack(x_adv, x, recipe)
+                check_attack(processes.mean(recipe.threat.distance(x_adv, x).mean()).item(), recipe)
         if step % 20 == 0 or last:
-            check_finite(totals["loss"], recipe, epoch, step)
+            log((epoch - 1) * steps + step + 1, {"loss_within_epoch": losses.checked(step)})
         progress(epoch, 1)
     job.average_buffers()
-    return {name: total.item() / (steps * replays) for name, total in totals.items()}, first_batch
+    return losses.means(), first_batch

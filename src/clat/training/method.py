@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clat.compute import Precision, autocast
+from clat.criticality import MeanOfAll
 from clat.errors import InputError
 from clat.inputs import check_seed, fit
 from clat.network import Images, Labels, State, snapshot
@@ -60,11 +62,28 @@ class Method:
 
     # Algorithm 1, lines 4 to 10
 
-    def choose(self, x: Images, y: Labels, epoch: int, *, unseen: Batch | None = None) -> Selection:
-        """The tuner's decision before an epoch (from 1) on a batch of images. The network stays as it is."""
+    def choose(
+        self,
+        x: Images,
+        y: Labels,
+        epoch: int,
+        *,
+        unseen: Batch | None = None,
+        threat: Threat | None = None,
+        mean: MeanOfAll | None = None,
+    ) -> Selection:
+        """The tuner's decision before an epoch (from 1) on a batch of images. The network stays as it is.
+
+        Args:
+            threat: in place of the method's own
+            mean: where each process has other images: averages over them what a tuner that ``averages`` measures
+        """
         self.mark()
-        more = {} if unseen is None else {"unseen": unseen}  # only tuners that ask for such images take them
-        return self.tuner.select(self.model, x, y, self.threat, epoch=epoch, seed=self.seed, **more)
+        asked = {"unseen": unseen, "mean": mean}  # only tuners that ask for these take them
+        more: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        return self.tuner.select(
+            self.model, x, y, self.threat if threat is None else threat, epoch=epoch, seed=self.seed, **more
+        )
 
     def take(self, selection: Selection) -> list[nn.Parameter]:
         """Puts a selection into effect, such as one from a run folder; returns the parameters that train."""

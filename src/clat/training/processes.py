@@ -3,15 +3,17 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from clat.compute import best_device, find_device
 from clat.errors import InputError
+from clat.network import tensors
 
 Value = TypeVar("Value")
 
@@ -63,31 +65,48 @@ class Processes:
         """The sum over all processes of each count."""
         return self.accelerator.reduce(torch.tensor(counts, device=self.device), "sum").tolist()
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes, the same bits in each."""
+        return self.accelerator.reduce(values, "mean") if self.count > 1 else values
+
+    def mean_over_images(self, values: Tensor, images: int) -> Tensor:
+        """The mean over the images of all processes, of which this one has ``images`` with these mean values."""
+        weighted = torch.cat([values.double() * images, values.new_tensor([images]).double()])
+        total = self.mean(weighted)
+        return (total[:-1] / total[-1]).to(values.dtype)
+
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Averages the gradients over the processes. Only what trains is sent, which under CLAT is little."""
         if self.count > 1:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def average_buffers(self, held: Mapping[str, Tensor], moving: set[str]) -> None:
         """Averages the tensors of these names over the processes, if they are decimal numbers."""
+        for name in sorted(moving & held.keys()):
+            if held[name].is_floating_point():
+                held[name].copy_(self.mean(held[name]))
+
+    @torch.no_grad()
+    def copy_first(self, model: nn.Module) -> None:
+        """Gives the network of every process the weights and buffers of the first one's, in its memory layout."""
         if self.count > 1:
-            for name in sorted(moving & held.keys()):
-                if held[name].is_floating_point():
-                    held[name].copy_(self.accelerator.reduce(held[name].clone(), "mean"))
+            for tensor in tensors(model).values():
+                tensor.copy_(broadcast(tensor.contiguous()))
 
     def wait(self) -> None:
         """Goes on once all processes have come here."""
         self.accelerator.wait_for_everyone()
 
 
-def started(device: torch.device | str | None) -> Processes:
+def started(device: torch.device | str | None, tracker: str | None = None, folder: Path | None = None) -> Processes:
     """The processes that a launcher started, or this one alone.
 
     Args:
         device: of this process; default the fastest kind of device here, one for each process
+        tracker: what Accelerate logs with, and the folder that it may write to
     Raises:
         InputError: the launcher was asked for more processes than it started, or there is no such device
     """
@@ -97,12 +116,13 @@ def started(device: torch.device | str | None) -> Processes:
         # accelerate launch --cpu sets an address to meet at for several processes, but starts one and gives no ranks.
         raise InputError(
             "The launcher was asked for several processes but started one (accelerate launch does so with --cpu); on "
-            "CPUs, start them with torchrun --nproc_per_node N -m clat ..., or ask for one and unset MASTER_ADDR."
+            "CPUs, start them with accelerate launch --multi_gpu --num_processes N -m clat ... or torchrun "
+            "--nproc_per_node N -m clat ..., or ask for one and unset MASTER_ADDR."
         )
     wanted = None if device is None else find_device(device, computing=True)
     # Without cpu=True, torchrun on CPUs is not noticed; one process needs it only where nothing else is here.
     on_cpu = best_device() == "cpu" or (not alone and wanted is not None and wanted.type == "cpu")
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=folder)
     if accelerator.num_processes < asked:
         raise InputError(
             f"The launcher was asked for {asked} processes, but {accelerator.num_processes} train together; start "

@@ -10,6 +10,7 @@ best.safetensors       the network after the epoch with the best validation accu
 averaged.safetensors   the average of the weights after the last finished epoch, if the recipe averages
 optimizer-N.safetensors  the optimizer after epoch N, for --resume, with the network if ``last`` has it merged
 result.json            the summary, once the run is finished
+tensorboard/           what a run with --tracker tensorboard told it
 evaluations/           what clat evaluate found, a file an evaluation
 .lock                  there while a process trains here
 

@@ -37,12 +37,14 @@ def begin(job: Job, data: Dataset, origin: str | None) -> None:
         data: the training split as given, with the images that are held out
         origin: where the network's weights come from
     """
-    run, extra = job.run, job.images.extra
+    run, extra, digest = job.run, job.images.extra, data.digest()
+    if job.processes.of_first(digest) != digest:
+        raise InputError(f"Process {job.processes.rank} has other data than the first one; give all the same.")
     facts = {
         "model": getattr(job.model, "spec", None) or type(job.model).__qualname__,
         "from": origin,
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
-        "data": {"source": data.source, "split": data.split, "images": len(data), "sha256": data.digest()},
+        "data": {"source": data.source, "split": data.split, "images": len(data), "sha256": digest},
         "extra": {"images": len(extra), "sha256": extra.digest()} if extra else None,
     }
 
@@ -53,6 +55,11 @@ def begin(job: Job, data: Dataset, origin: str | None) -> None:
         run.write("recipe.yaml", job.recipe.keys())  # last: from here on the folder is a run
 
     job.processes.by_first(write)
+    if job.processes.totals(int(run.exists))[0] < job.processes.count:
+        raise InputError(
+            f"Some processes do not see {plain(run.folder)}, which the first one made; choose an --out on a file "
+            "system that all machines share."
+        )
 
 
 def check_same_run(run: Run, recipe: Recipe, data: Dataset) -> None:

@@ -35,6 +35,10 @@ class Tuner(ABC):
         """How many images that were not trained on a selection also needs."""
         return 0
 
+    def averages(self) -> bool:
+        """Whether ``select`` takes ``mean``, with which several processes measure one batch, each a part of it."""
+        return False
+
     @abstractmethod
     def select(
         self,

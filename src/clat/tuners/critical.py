@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clat.criticality import LayerScore, Norm
+from clat.criticality import LayerScore, MeanOfAll, Norm
 from clat.errors import InputError
 from clat.features import At
 from clat.inputs import check_fields, check_k
@@ -72,6 +72,9 @@ class Critical(Tuner):
     def unseen(self) -> int:
         return self.batch if self.ranking == "alignment" and not self.layers else 0
 
+    def averages(self) -> bool:
+        return bool(self.layers) or self.ranking not in ("alignment", "gradient")  # which are no means over images
+
     def select(
         self,
         model: nn.Module,
@@ -82,9 +85,12 @@ class Critical(Tuner):
         epoch: int = 1,
         seed: int = 0,
         unseen: Batch | None = None,
+        mean: MeanOfAll | None = None,
     ) -> Selection:
         """Algorithm 1, lines 4-9, on images x (batch, channel, height, width) with labels y (batch,).
 
+        Args:
+            mean: averages the measure over processes that have other images of the same batch, if it ``averages``
         Raises:
             InputError: more layers than can be selected, or a batch that is none
         """
@@ -93,7 +99,7 @@ class Critical(Tuner):
         if unseen is not None and self.unseen():
             other = Attacked(unseen[0], attack_output(model, *unseen, threat), unseen[1])
         measure = "criticality" if self.layers else self.ranking
-        scores = rank_layers(model, attacked, measure, unseen=other, norm=self.norm, at=self.at)
+        scores = rank_layers(model, attacked, measure, unseen=other, norm=self.norm, at=self.at, mean=mean)
         selected = listed(model, x, self.layers) if self.layers else self._top(model, scores, seed + epoch)
         chosen = with_tied(model, selected, (score.name for score in scores))
         own = {call.norm for call in trace(model, x[:1]) if call.name in chosen and call.norm}

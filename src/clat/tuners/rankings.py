@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clat.criticality import LayerScore, Norm, layer_criticality
+from clat.criticality import LayerScore, MeanOfAll, Norm, layer_criticality
 from clat.errors import InputError
 from clat.features import At
 from clat.layers import trace
@@ -37,6 +37,7 @@ def rank_layers(
     unseen: Attacked | None = None,
     norm: Norm = "paper",
     at: At = "output",
+    mean: MeanOfAll | None = None,
 ) -> list[LayerScore]:
     """Every layer in execution order, in eval mode; the ranking's measure stands in the place of the criticality.
 
@@ -55,17 +56,20 @@ def rank_layers(
         batch: training images
         unseen: images that were not trained on, for alignment
         norm, at: as for ``criticality``, which also gives the weakness
+        mean: averages criticality, relative and loss over processes that have other images of the same batch
     Raises:
         InputError: as ``criticality``; alignment without ``unseen``; a measure that is not finite
     """
-    scores = layer_criticality(model, batch.x, batch.x_adv, norm=norm, at=at)
+    scores = layer_criticality(model, batch.x, batch.x_adv, norm=norm, at=at, mean=mean)
     if ranking in ("criticality", "random", "lowest"):  # the controls show it too
         return scores
     if ranking == "relative":
-        shares = layer_criticality(model, batch.x, batch.x_adv, norm="relative", at=at)
+        shares = layer_criticality(model, batch.x, batch.x_adv, norm="relative", at=at, mean=mean)
         values = [share.weakness for share in shares]
     elif ranking == "loss":
         values = _rises(model, batch)
+        if mean is not None:
+            values = mean(torch.tensor(values, device=batch.x.device), len(batch.x)).tolist()
     elif ranking == "gradient":
         gradients = _gradients(model, batch)
         values = [math.sqrt(_product(gradients, gradients, model, score.name) / score.parameters) for score in scores]
