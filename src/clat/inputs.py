@@ -162,7 +162,8 @@ def check_keys(values: Mapping[Any, Any], known: Iterable[str], name: str = "") 
 
 
 def from_text(text: str, annotation: Any, parse: Any) -> Any:
-    """The value of a flag's text: the text itself for text options, else what YAML makes of it.
+    """The value of a flag's text: the text itself for text options, else what YAML makes of it. A list of texts may be
+    written with commas alone, as in ``*.se.*,*.mlp.*``, where YAML would take the star for something else.
 
     Args:
         parse: reads YAML and raises ValueError for anything else; such text stays text and is refused later
@@ -171,9 +172,11 @@ def from_text(text: str, annotation: Any, parse: Any) -> Any:
     if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
         return None if text == "null" and type(None) in kinds else text
     try:
-        return _number(parse(text), annotation)
+        value = _number(parse(text), annotation)
     except ValueError:
-        return text
+        value = text
+    texts = any(get_origin(kind) in (list, tuple) and get_args(kind)[0] is str for kind in kinds)
+    return [part.strip() for part in text.strip("[] ").split(",")] if texts and isinstance(value, str) else value
 
 
 def built(name: str, value: Any, annotation: Any) -> Any:

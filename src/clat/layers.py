@@ -2,8 +2,10 @@
 
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -127,6 +129,34 @@ def named_layers(model: nn.Module, x: Images, names: Sequence[str]) -> dict[str,
                 f"{nearest(name, listed)}"
             )
     return {full[name]: known[full[name]] for name in names}
+
+
+def matching(patterns: Sequence[str], names: Iterable[str], key: str) -> set[str]:
+    """The layers whose names match a pattern, ``*`` being anything, as in ``*.se.*``; ``network.`` may be left out.
+
+    Args:
+        key: where the patterns stand, for messages
+    Raises:
+        InputError: a pattern that matches no layer, with the names near it
+    """
+    short = {name.removeprefix(WRAPPER): name for name in names}
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for bare, name in short.items() if fnmatchcase(bare, pattern) or fnmatchcase(name, pattern)}
+        if not matched:
+            near = sorted(short, key=lambda bare: -_likeness(pattern, bare))[:3]
+            raise InputError(
+                f"{key} has {plain(pattern)!r}, which matches no layer of the network; near it are "
+                f"{', '.join(map(plain, near))}."
+            )
+        found |= matched
+    return found
+
+
+def _likeness(pattern: str, name: str) -> float:
+    """How much a layer's name is like a pattern's longest piece without wildcards, from 0 to 1."""
+    piece = max(re.split(r"[*?.\[\]]+", pattern), key=len)
+    return max(SequenceMatcher(None, piece, part).ratio() for part in name.split("."))
 
 
 def trained_layers(model: nn.Module) -> dict[str, nn.Module]:

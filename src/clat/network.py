@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,6 +18,9 @@ Images = Tensor  # Float[Tensor, "batch channel height width"], pixels in [0, 1]
 Labels = Tensor  # Int64[Tensor, "batch"]
 Cost = Callable[[Images], Tensor]  # Images -> Float[Tensor, "batch"], one value per image
 State = dict[str, Tensor]  # dotted name -> tensor, parameters and buffers
+
+# How networks for one size of images begin to refuse others: timm's, torchvision's, those of transformers.
+_WRONG_SIZE = re.compile(r"^(Input|Wrong) (image )?(height|width|size)")
 
 
 def class_scores(model: nn.Module, x: Images) -> Tensor:
@@ -34,6 +38,11 @@ def class_scores(model: nn.Module, x: Images) -> Tensor:
     except Exception as error:  # a network may raise anything
         said = plain(" ".join(str(error).split())[:200]).rstrip(".")
         advice = "; lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
+        if _WRONG_SIZE.search(said):
+            advice = (
+                "; give it images of its size (size= of the data), or make the network for theirs (img_size= of timm, "
+                "image_size= of torchvision and transformers)"
+            )
         raise InputError(
             f"The network raised {type(error).__name__}: {said} on images of shape {shape}{advice}."
         ) from error

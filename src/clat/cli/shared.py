@@ -64,6 +64,27 @@ def network_named(name: str, data: Dataset, model: str | None = None) -> nn.Modu
     return _new(kind, options, len(data.classes), data.shape[0], data)
 
 
+def pretrained_named(name: str, data: Dataset, *, partial: bool) -> nn.Module:
+    """A network by name whose weights were trained elsewhere, which fits the data.
+
+    Args:
+        partial: only some of its layers will train
+    Raises:
+        InputError: no such network, one with random weights, or a new head that would stay random
+    """
+    network = network_named(name, data)
+    kind, options = model_options(name)
+    if ":" not in kind and not options.get("pretrained"):
+        hint = "" if kind in MODELS else f"add pretrained=true ({plain(name)},pretrained=true), or "
+        raise InputError(f"{plain(name)} has random weights and nothing to fine-tune; {hint}train it first by clat train.")
+    if partial and isinstance(network, Normalized) and network.new_head:
+        raise InputError(
+            f"{plain(name)} has a new head, which stays random if only other layers train; first train the whole, e.g. "
+            f"clat train clean --model {plain(name)}, and fine-tune from that run."
+        )
+    return network
+
+
 def checkpoint_named(
     name: str, model: str | None = None, data: Dataset | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:

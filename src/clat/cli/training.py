@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from clat.checkpoint import checkpoint_path
 from clat.cli import demo as demonstration
-from clat.cli.shared import checkpoint_named, console, data_named, fitting, network_named, write_json
+from clat.cli.attacking import network_path
+from clat.cli.shared import (
+    checkpoint_named,
+    console,
+    data_named,
+    exists,
+    fitting,
+    network_named,
+    pretrained_named,
+    write_json,
+)
 from clat.cli.tables import status_table
 from clat.data.dataset import Dataset
 from clat.models import normalisation_of
@@ -42,11 +51,11 @@ def train(
     device: str | None = None,
     workers: int = 2,
 ) -> None:
-    """Trains a network from random weights by a recipe.
+    """Trains a network from random or pretrained weights by a recipe.
 
     Args:
-        model: a network such as rn18, timm/NAME, torchvision/NAME or your file.py:factory; options after commas, e.g.
-            rn18,width=16 or normalise=none
+        model: a network such as rn18, timm/NAME, torchvision/NAME, transformers/NAME or your file.py:factory; options
+            after commas, e.g. rn18,width=16 or timm/resnet18,pretrained=true
         data: training images: a Hugging Face name, folder or parquet file; options after commas, e.g. photos,size=64
         out: the run folder
         resume: continue the run in that folder after its last finished epoch
@@ -73,10 +82,11 @@ def finetune(
     device: str | None = None,
     workers: int = 2,
 ) -> None:
-    """Fine-tunes a network from a checkpoint or run by a recipe.
+    """Fine-tunes a network from a checkpoint, a run or pretrained weights by a recipe.
 
     Args:
-        origin: a checkpoint, or a run folder (its best checkpoint)
+        origin: a checkpoint, a run folder (its best checkpoint), or a network that comes with trained weights, such as
+            timm/NAME,pretrained=true or your file.py:factory
         data: training images, the same as before; options after commas, e.g. photos,size=64
         out: the run folder
         model: the network of the weights if these cannot or do not name it, such as your file.py:factory
@@ -85,8 +95,14 @@ def finetune(
         device: where to train, e.g. cpu or cuda:1; the fastest kind of device here if not given
         workers: processes that decode images, where these do not fit into memory
     """
-    network, facts = checkpoint_named(origin, model)
-    dataset = fitting(data_named(data, "train"), facts, origin, unseen=False)
+    dataset = data_named(data, "train")
+    facts: dict[str, Any] = {}
+    if model is None and not exists(origin):
+        torch.manual_seed(recipe.seed)
+        network: nn.Module = pretrained_named(origin, dataset, partial=recipe.tuner.name != "whole")
+    else:
+        network, facts = checkpoint_named(origin, model)
+    dataset = fitting(dataset, facts, origin, unseen=False)
     held = facts.get("holdout", {})
     if facts.get("data", {}).get("source") == data and held != {"images": recipe.holdout, "seed": recipe.holdout_seed}:
         console.print(
@@ -97,7 +113,7 @@ def finetune(
             markup=False,
         )
     keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers}
-    _run(recipe, network, dataset, out, str(checkpoint_path(origin)), keys)
+    _run(recipe, network, dataset, out, network_path(origin), keys)
 
 
 def status(run: str, model: str | None = None, json: str | None = None) -> None:

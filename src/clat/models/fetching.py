@@ -4,6 +4,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import URLError
 
 from clat.errors import InputError
 from clat.text import plain
@@ -43,7 +44,8 @@ def reaching(hub: str, name: str) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:  # httpx's errors come inside huggingface_hub's, which are of this kind
-        said = plain(" ".join(str(error).split())[:150]).rstrip(".")
+        reason = error.reason if isinstance(error, URLError) else error
+        said = plain(" ".join(str(reason).split())[:150]).rstrip(".")
         raise InputError(
             f"{hub} cannot be reached for {plain(name)} ({said}); try again with a connection, or bring files that you "
             "have, by clat import or as transformers/FOLDER."
