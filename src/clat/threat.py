@@ -1,7 +1,8 @@
 """The threat model, and the one inner maximisation that every attack of this library runs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -119,6 +120,20 @@ def check_gradient(values: Tensor) -> None:
         )
 
 
+@contextmanager
+def no_overwriting() -> Iterator[None]:
+    """Raises NoGradientError if a backward pass inside fails since the network overwrote what it needs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise NoGradientError(
+            "The network changes a tensor in place that its own gradient needs, so it can be neither trained nor "
+            "attacked; write such a step with a new tensor, as in y = y * z in place of y *= z."
+        ) from error
+
+
 def per_image(values: Tensor, like: Images) -> Tensor:
     """Reshapes (batch,) to broadcast against (batch, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
@@ -161,7 +176,8 @@ def ascend(
             x_adv = x_adv.detach().requires_grad_()
             values = cost(x_adv)
             check_gradient(values)
-            (gradient,) = torch.autograd.grad(values.sum(), x_adv)
+            with no_overwriting():
+                (gradient,) = torch.autograd.grad(values.sum(), x_adv)
             if keep == "best":
                 best, best_cost = _better(best, best_cost, x_adv.detach(), values.detach())
             if momentum:

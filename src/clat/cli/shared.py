@@ -76,7 +76,9 @@ def pretrained_named(name: str, data: Dataset, *, partial: bool) -> nn.Module:
     kind, options = model_options(name)
     if ":" not in kind and not options.get("pretrained"):
         hint = "" if kind in MODELS else f"add pretrained=true ({plain(name)},pretrained=true), or "
-        raise InputError(f"{plain(name)} has random weights and nothing to fine-tune; {hint}train it first by clat train.")
+        raise InputError(
+            f"{plain(name)} has random weights and nothing to fine-tune; {hint}train it first by clat train."
+        )
     if partial and isinstance(network, Normalized) and network.new_head:
         raise InputError(
             f"{plain(name)} has a new head, which stays random if only other layers train; first train the whole, e.g. "

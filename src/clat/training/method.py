@@ -17,7 +17,7 @@ from clat.features import observe
 from clat.inputs import annotations, check_seed, fit, nearest, shown
 from clat.network import Images, Labels, State, check_images, held, snapshot, whole_labels
 from clat.objectives import Clat, Objective
-from clat.threat import Threat, fraction
+from clat.threat import Threat, fraction, no_overwriting
 from clat.training.awp import Awp
 from clat.training.integrity import LayerStatus, status, verify
 from clat.tuners import Critical, Selection, Tuner
@@ -54,6 +54,8 @@ class Method:
             )
         if not isinstance(model, nn.Module):
             raise InputError(f"A method needs a torch.nn.Module; got {type(model).__name__}.")
+        if next(model.parameters(), None) is None:
+            raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to train.")
         self.model, self.objective, self.tuner = model, objective, tuner
         self.threat = fit("threat", threat, Threat)
         self.seed, self.precision = fit("seed", seed, int), precision
@@ -159,7 +161,8 @@ class Method:
             with autocast(x.device, self.precision):
                 terms = self.terms(x, x_adv, y)
                 loss = torch.stack(list(terms.values())).sum()
-            loss.backward()
+            with no_overwriting():
+                loss.backward()
             share(parameters)
             return {name: term.detach() for name, term in terms.items()}
 
