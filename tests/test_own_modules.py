@@ -223,7 +223,7 @@ def test_class_scores_are_found_in_outputs_of_ones_own(kind, blobs):
     assert step(answering(USUAL[kind]), blobs)[0] == expected[0]
     x = blobs.pixels[:5].float() / 255
     assert torch.equal(logits(network.eval()(x)), network.last(network.features(x)))
-    assert evaluate(network, blobs.first(10)).clean.total == 10
+    assert evaluate(network, blobs.first(10)).clean.n == 10
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)

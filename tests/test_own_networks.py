@@ -1,6 +1,8 @@
 """Networks of timm, torchvision and transformers, by name: their weights, heads, normalisation and layers."""
 
 import json
+import re
+import shlex
 import shutil
 import socket
 import time
@@ -23,8 +25,8 @@ from clat.models import build_model, normalisation_of
 from clat.models.importing import import_weights
 from clat.models.normalisation import IMAGENET, of_preprocessor
 
-SMALL = "--epochs 1 --holdout 6 --batch_size 12 --threat.steps 1 --validation_steps 1 --health false"
-CHECKED = ("clean-accuracy", "batch", "gradients", "attack", "adaptive")
+SMALL = "--epochs 1 --holdout 6 --batch_size 6 --threat.steps 1 --validation_steps 1 --health false"
+CHECKED = ("clean-accuracy", "batch", "gradients", "attack")
 
 # Each with options that make it small, and one of its layers. VIT and RESNET are folders.
 NETWORKS = {
@@ -42,9 +44,9 @@ HEADS = ("fc", "head", "head.fc", "classifier", "classifier.1")
 
 @pytest.fixture
 def colours() -> Dataset:
-    """18 images of three classes in colour."""
-    labels = torch.arange(18) % 3
-    pixels = torch.randint(0, 80, (18, 3, 32, 32), dtype=torch.uint8)
+    """12 images of three classes in colour."""
+    labels = torch.arange(12) % 3
+    pixels = torch.randint(0, 80, (12, 3, 32, 32), dtype=torch.uint8)
     for i, label in enumerate(labels):
         pixels[i, label, :, 10 * label : 10 * label + 10] += 150
     return Dataset(pixels, labels, ("cat", "dog", "owl"), "colours", "train")
@@ -99,9 +101,9 @@ def test_they_are_ranked_tuned_measured_and_checked(name, colours, saved, tmp_pa
     monkeypatch.setattr(shared, "load_data", lambda source, split: colours)
     monkeypatch.chdir(tmp_path)
     for command in (
-        "layers net.safetensors --batch 4 --steps 1 --data colours --json layers.json",
+        "layers net.safetensors --batch 3 --steps 1 --data colours --json layers.json",
         f"finetune clat --from net.safetensors --out run {SMALL} --data colours",
-        "evaluate run --limit 4 --steps 1 --starts 1 --split train --data colours",
+        "evaluate run --limit 3 --steps 1 --starts 1 --split train --data colours",
     ):
         assert main(command.split()) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "layers.json").read_text())["layers"]
@@ -377,3 +379,32 @@ def test_a_network_that_normalises_itself_is_not_normalised_twice(tmp_path):
         with pytest.raises(InputError, match=r"normalises by itself \(in 0\)"):
             build_model(name, 3, channels=1, **keys)
     assert normalisation_of(nn.Sequential(Normalize([0.5], [0.5]))).startswith("none by clat; the network has")
+
+
+PAGE = (Path(__file__).parents[1] / "docs/models.md").read_text()
+
+
+def test_the_commands_of_the_page_run(mine, tmp_path, monkeypatch, colours, capsys):
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(mine / "vit", "my-vit")
+    changed(Path("my-vit/config.json"), id2label={"0": "cat", "1": "dog", "2": "owl"})
+    weights = timm.create_model("mobilenetv3_small_100").state_dict()
+    save_file(weights, "model.safetensors")
+    monkeypatch.setattr("clat.models.bridges.from_hub", lambda *_: tmp_path)
+    monkeypatch.setattr(shared, "load_data", lambda source, split: colours)
+    Path("mynet.py").write_text(
+        "from torch import nn\ndef make(classes, channels, width):\n"
+        "    return nn.Sequential(nn.Conv2d(channels, width, 8, 8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes))\n"
+    )
+    small = {"train": SMALL, "finetune": SMALL, "layers": "--batch 3 --steps 1", "evaluate": "--limit 3 --steps 1"}
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        words = shlex.split(line)[1:]
+        assert main([*words, *small[words[0]].split()]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "The head is new, with random weights for 3 classes" in printed.err
+    selected = next(line for line in printed.out.splitlines() if "selected" in line)
+    assert ".se." not in selected
