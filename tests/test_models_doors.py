@@ -47,6 +47,9 @@ def make(classes=10, channels=1, width=width):
 def fixed():
     return Net(3, 1, 2)
 
+def bare(classes, channels):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
 def broken(**options):
     raise KeyError("gone")
 
@@ -125,8 +128,10 @@ def test_a_factorys_network_is_taken_as_it_is(mynet, blobs):
     model = network_named(f"{mynet}:make", blobs).eval()
     x = torch.rand(4, 1, 12, 12)
     assert torch.equal(model(x), model.network(x))
-    assert normalisation_of(model).startswith("none")
-    told = network_named(f"{mynet}:make,normalise=data", blobs)
+    assert normalisation_of(model) == "none by clat; the network has a mean and a std of its own (in Net)"
+    with pytest.raises(InputError, match=r"normalises by itself \(in Net\); leave"):
+        network_named(f"{mynet}:make,normalise=data", blobs)
+    told = network_named(f"{mynet}:bare,normalise=data", blobs)
     assert torch.allclose(told.mean.flatten(), torch.tensor(blobs.statistics()[0]))
 
 

@@ -142,6 +142,44 @@ def test_a_file_sets_no_dangerous_option_of_timm(option, tmp_path, monkeypatch):
         load_checkpoint(forged(tmp_path / "net.safetensors", sized("timm/resnet10t", **option)))
 
 
+RESNET = {"model_type": "resnet", "architectures": ["ResNetForImageClassification"], "depths": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {},
+        {"depths": [1]},
+        {**RESNET, "model_type": "bert"},
+        {**RESNET, "model_type": "timm_wrapper", "architecture": "resnet18"},
+        {**RESNET, "auto_map": {"AutoModel": "evil.Net"}},
+        {**RESNET, "_attn_implementation": "somebody/kernel"},
+        {**RESNET, "quantization_config": {"load_in_8bit": True}},
+        {**RESNET, "name_or_path": "/etc"},
+        {**RESNET, "depths": [10**9]},
+        {**RESNET, "depths": [1] * 1000},
+        {**RESNET, "hidden_sizes": [10**9, 10**9]},
+        {**RESNET, "embedding_size": float("nan")},
+        {**RESNET, "layer_type": "x" * 100},
+        {**RESNET, "layer_type": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_a_file_sets_nothing_dangerous_in_a_network_of_transformers(config, tmp_path, monkeypatch):
+    import transformers
+
+    def called(*_, **__):
+        pytest.fail("transformers made a network")
+
+    monkeypatch.setattr(transformers.ResNetForImageClassification, "__init__", called)
+    monkeypatch.setattr("clat.models.hugging_face.from_hub", called)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
+    spec = sized(f"transformers/{tmp_path}", **({} if config is None else {"config": config}))
+    with pytest.raises(InputError, match="config"):
+        load_checkpoint(forged(tmp_path / "net.safetensors", spec))
+
+
 def test_where_weights_came_from_does_not_stay_in_a_checkpoint(tmp_path, monkeypatch):
     model = build_model("timm/resnet10t", 10, channels=1)
     model.spec |= {"pretrained": True, "checkpoint_path": "/etc/passwd"}

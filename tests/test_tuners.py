@@ -176,6 +176,40 @@ def test_layers_may_be_listed_in_place_of_a_ranking(tiny):
     assert one.trainable == ("network.layer1.0.conv2.weight",)
 
 
+def test_layers_are_left_out_or_let_in_by_pattern(tiny):
+    x, y = torch.rand(8, 1, 16, 16), torch.arange(8) % 3
+
+    def chosen(**keys):
+        torch.manual_seed(5)
+        return Critical(**{"k": 1.0, **keys}).select(tiny, x, y, THREAT)
+
+    every = chosen().layers
+    assert chosen(exclude=["layer[34].*", "network.conv1"]).layers == tuple(
+        name for name in every if not name.startswith(("network.layer3", "network.layer4", "network.conv1"))
+    )
+    second = chosen(include=["*.conv2"])
+    assert second.layers == tuple(name for name in every if name.endswith(".conv2"))
+    assert len(second.scores) == 21  # all are ranked
+    assert chosen(include=["*.conv2"], exclude=["layer1.*"], k=2, ranking="lowest").layers == tuple(
+        [name for name in second.layers if "layer1" not in name][:-3:-1]
+    )
+    for keys, says in (
+        (
+            {"exclude": ["*.se.*"]},
+            r"critical\.exclude has '\*\.se\.\*', which matches no layer of the network; near it",
+        ),
+        ({"include": ["*.cov1"]}, r"'\*\.cov1', .*near it are (network\.)?(conv1|\S+\.conv1)"),
+        ({"include": ["*.conv1"], "exclude": ["*conv1"]}, "leave no layer to select"),
+        ({"include": ["linear"]}, "leave no layer to select"),  # the head is one only where critical.head says so
+        ({"include": ["*.conv2"], "k": 9}, "from 1 to 8"),
+    ):
+        with pytest.raises(InputError, match=says):
+            chosen(**keys)
+    assert chosen(include=["linear"], head=True).layers == ("network.linear",)
+    with pytest.raises(InputError, match=r"leave critical\.include and critical\.exclude out"):
+        Critical(layers=["conv1"], exclude=["*.conv2"])
+
+
 def test_listed_layers_that_cannot_train_are_refused(plain, images):
     with pytest.raises(InputError, match=r"no layer 'frist'; clat layers lists them: first, .*Did you mean first\?"):
         Critical(layers=["last", "frist"]).select(plain, *images, THREAT)

@@ -187,7 +187,8 @@ def check_keys(values: Mapping[Any, Any], known: Iterable[str], name: str = "") 
 
 
 def from_text(text: str, annotation: Any, parse: Any) -> Any:
-    """The value of a flag's text: the text itself for text options, else what YAML makes of it.
+    """The value of a flag's text: the text itself for text options, else what YAML makes of it. A list of texts may be
+    written with commas alone, as in ``*.se.*,*.mlp.*``, where YAML would take the star for something else.
 
     Args:
         parse: reads YAML and raises ValueError for anything else; such text stays text and is refused later
@@ -199,7 +200,10 @@ def from_text(text: str, annotation: Any, parse: Any) -> Any:
     try:
         value = parse(text)
     except ValueError:
-        return text
+        value = text
+    texts = any(get_origin(kind) in (list, tuple) and get_args(kind)[0] is str for kind in kinds)
+    if texts and isinstance(value, str):
+        return [part.strip() for part in text.strip("[] ").split(",")]
     return text if is_text and isinstance(value, str) else _number(value, annotation)
 
 

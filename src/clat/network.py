@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,6 +19,9 @@ Labels = Tensor  # Int64[Tensor, "batch"]
 Cost = Callable[[Images], Tensor]  # Images -> Float[Tensor, "batch"], one value per image
 State = dict[str, Tensor]  # dotted name -> tensor, parameters and buffers
 
+# How networks for one size of images begin to refuse others: timm's, torchvision's, those of transformers.
+_WRONG_SIZE = re.compile(r"^(Input|Wrong) (image )?(height|width|size)")
+
 
 def class_scores(model: nn.Module, x: Images) -> Tensor:
     """The class scores (batch, classes), in eval mode, without gradients.
@@ -28,12 +32,17 @@ def class_scores(model: nn.Module, x: Images) -> Tensor:
     shape = "x".join(map(str, x.shape))
     try:
         with held(model), torch.no_grad():
-            scores = logits(model(x))
+            scores = logits(_run(model, x))
     except InputError:
         raise
     except Exception as error:  # a network may raise anything
         said = plain(" ".join(str(error).split())[:200]).rstrip(".")
         advice = "; lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
+        if _WRONG_SIZE.search(said):
+            advice = (
+                "; give it images of its size (size= of the data), or make the network for theirs (img_size= of timm, "
+                "image_size= of torchvision and transformers)"
+            )
         raise InputError(
             f"The network raised {type(error).__name__}: {said} on images of shape {shape}{advice}."
         ) from error
@@ -62,16 +71,48 @@ def digest_of(fingerprints: Mapping[str, str]) -> str:
 
 
 def logits(output: Any) -> Tensor:
-    """The class scores (batch, classes) in what a classifier returns: a tensor, ``.logits``, a dict or a tuple."""
+    """The class scores (batch, classes) in what a classifier returns.
+
+    They are the tensor itself; what is called ``logits`` in an object, a dict or a named tuple; or else the one tensor
+    (batch, classes) in a dict, a tuple or a list. If these hold several, all must have the same shape, and the first
+    one is taken, since auxiliary heads come after the main one.
+
+    Raises:
+        InputError: no such tensor, or several of different shapes
+    """
     if isinstance(output, Mapping):
         output = output.get("logits", output)
-    scores = first_tensor(getattr(output, "logits", output))
+    output = getattr(output, "logits", output)
+    if isinstance(output, (Mapping, tuple, list)):
+        output = _only_scores(list(output.values() if isinstance(output, Mapping) else output))
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"The network returned {_kind(output)}, in which clat finds no class scores; return the tensor, or name it "
+            "logits in an object or a dict."
+        )
+    scores = output
     if scores.dim() != 2:
         raise InputError(
             f"The network returned shape {tuple(scores.shape)}; a classifier returns (batch, classes): end it with "
             "pooling and a linear layer."
         )
     return scores.float()
+
+
+def _only_scores(values: list[Any]) -> Any:
+    """The tensor of class scores among those that a network returned; the first one if none looks like it."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    scores = [tensor for tensor in tensors if tensor.dim() == 2]
+    if len(shapes := list(dict.fromkeys(tuple(tensor.shape) for tensor in scores))) > 1:
+        raise InputError(
+            f"The network returned tensors of shape {' and '.join(map(str, shapes))}, and does not say which are the "
+            "class scores; return these alone, or name them logits in an object or a dict."
+        )
+    return next(iter([*scores, *tensors]), values)
+
+
+def _kind(output: Any) -> str:
+    return "nothing" if output is None else type(output).__name__
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -165,6 +206,20 @@ def check_gradient(values: Tensor) -> None:
 
 
 @contextmanager
+def no_overwriting() -> Iterator[None]:
+    """Raises NoGradientError if a backward pass inside fails since the network overwrote what it needs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise NoGradientError(
+            "The network changes a tensor in place that its own gradient needs, so it can be neither trained nor "
+            "attacked; write such a step with a new tensor, as in y = y * z in place of y *= z."
+        ) from error
+
+
+@contextmanager
 def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> Iterator[None]:
     """Puts the network in ``mode`` and switches off parameter gradients inside the block, then restores both.
 
@@ -194,7 +249,19 @@ def held(model: nn.Module, mode: Literal["eval", "batch", "train"] = "eval") -> 
 
 def eager(model: nn.Module, x: Images) -> Any:
     """Runs the network without ``torch.compile``, because compiled code does not run hooks."""
-    return getattr(model, "_orig_mod", model)._call_impl(x)
+    return _run(getattr(model, "_orig_mod", model)._call_impl, x)
+
+
+def _run(model: Callable[[Images], Any], x: Images) -> Any:
+    """What a network returns. Raises InputError if it changed its images in place: they are still needed."""
+    version = None if x.is_inference() else x._version  # without gradients, torch would let it pass
+    output = model(x)
+    if version is not None and x._version != version:
+        raise InputError(
+            "The network changes its images in place; let it begin with a copy, as in x = (x - mean) / std in place of "
+            "x.sub_(mean).div_(std)."
+        )
+    return output
 
 
 @contextmanager

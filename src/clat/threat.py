@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from clat.batchnorm import fixed_norms
 from clat.errors import InputError
 from clat.inputs import check_fields, check_least, fraction
-from clat.network import Cost, Images, Labels, check_gradient, check_images, held, logits, per_image, whole_labels
+from clat.network import (
+    Cost,
+    Images,
+    Labels,
+    check_gradient,
+    check_images,
+    held,
+    logits,
+    no_overwriting,
+    per_image,
+    whole_labels,
+)
 
 Lp = Literal["linf", "l2"]  # the norm of a ball
 Keep = Literal["last", "best"]  # of an ascent: the last iterate or, image by image, the one with the highest cost
@@ -129,7 +140,8 @@ def ascend(
             x_adv = x_adv.detach().requires_grad_()
             values = cost(x_adv)
             check_gradient(values)
-            (gradient,) = torch.autograd.grad(values.sum(), x_adv)
+            with no_overwriting():
+                (gradient,) = torch.autograd.grad(values.sum(), x_adv)
             if keep == "best":
                 best, best_cost = _better(best, best_cost, x_adv.detach(), values.detach())
             if momentum:

@@ -2,9 +2,9 @@
 
 from rich.table import Table
 
-from clat.cli.shared import ELSEWHERE, console, write_json
+from clat.cli.shared import console, write_json
 from clat.files import parse_yaml, read_text, shipped
-from clat.models import MODELS
+from clat.models import MODELS, known_names
 from clat.training.recipe_files import summary
 
 
@@ -18,9 +18,8 @@ def list_(json: str | None = None) -> None:
     if json is not None:
         write_json(json, found)
     if json != "-":
-        others = ", ".join(f"{place}NAME" for place in ELSEWHERE)
         console.print("Models (--model), with options after commas, e.g. rn18,width=16", style="bold")
-        console.print(f"  {', '.join(MODELS)}; {others}; file.py:factory", highlight=False)
+        console.print(f"  {known_names()}", highlight=False)
         console.print(_described("Recipes (clat train RECIPE, clat finetune RECIPE)", recipes()))
         console.print(_described("Comparisons (clat compare NAME)", comparisons()))
 

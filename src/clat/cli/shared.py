@@ -18,11 +18,9 @@ from clat.data.loading import OPTIONS, load_data
 from clat.errors import InputError
 from clat.files import write_text
 from clat.inputs import fraction, named
-from clat.models import MODELS, build_model, takes_statistics
+from clat.models import MODELS, Normalized, bridge, build_model, known_names, takes_statistics
 from clat.models.importing import import_weights
 from clat.text import plain
-
-ELSEWHERE = ("timm/", "torchvision/", "transformers/")  # networks of other libraries
 
 _first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launch or torchrun started
 # Names come from files and folders: nothing in them is markup.
@@ -58,12 +56,34 @@ def network_named(name: str, data: Dataset, model: str | None = None) -> nn.Modu
     if model is not None or exists(name):
         return checkpoint_named(name, model, data)[0]
     kind, options = model_options(name)
-    if kind not in MODELS and ":" not in kind and not kind.startswith(ELSEWHERE):
+    if kind not in MODELS and ":" not in kind and bridge(kind) is None:
         raise InputError(
-            f"There is no model {plain(name)!r}, and no checkpoint or run folder there; choose one of "
-            f"{', '.join(MODELS)}, timm/NAME, torchvision/NAME or file.py:factory."
+            f"There is no model {plain(name)!r}, and no checkpoint or run folder there; choose one of {known_names()}."
         )
     return _new(kind, options, len(data.classes), data.shape[0], data)
+
+
+def pretrained_named(name: str, data: Dataset, *, partial: bool) -> nn.Module:
+    """A network by name whose weights were trained elsewhere, which fits the data.
+
+    Args:
+        partial: only some of its layers will train
+    Raises:
+        InputError: no such network, one with random weights, or a new head that would stay random
+    """
+    network = network_named(name, data)
+    kind, options = model_options(name)
+    if ":" not in kind and not options.get("pretrained"):
+        hint = "" if kind in MODELS else f"add pretrained=true ({plain(name)},pretrained=true), or "
+        raise InputError(
+            f"{plain(name)} has random weights and nothing to fine-tune; {hint}train it first by clat train."
+        )
+    if partial and isinstance(network, Normalized) and network.new_head:
+        raise InputError(
+            f"{plain(name)} has a new head, which stays random if only other layers train; first train the whole, e.g. "
+            f"clat train clean --model {plain(name)}, and fine-tune from that run."
+        )
+    return network
 
 
 def checkpoint_named(
@@ -105,11 +125,14 @@ def exists(path: str) -> bool:
         return False
 
 
-def _new(kind: str, options: dict[str, Any], classes: int, channels: int, data: Dataset | None) -> nn.Module:
-    if data is None or not takes_statistics(kind, options):
-        return build_model(kind, classes, channels=channels, **options)
-    mean, std = data.statistics()
-    return build_model(kind, classes, channels=channels, mean=mean, std=std, **{**options, "normalise": "data"})
+def _new(kind: str, options: dict[str, Any], classes: int, channels: int, data: Dataset | None) -> Normalized:
+    """A new network. Says what became of the head of a pretrained one."""
+    if data is not None and takes_statistics(kind, options):
+        mean, std = data.statistics()
+        options = {**options, "mean": mean, "std": std, "normalise": "data"}
+    model = build_model(kind, classes, channels=channels, **options)
+    _notice(model.notes)
+    return model
 
 
 def data_named(text: str, split: str) -> Dataset:

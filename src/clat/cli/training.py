@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from clat.checkpoint import checkpoint_path
 from clat.cli import demo as demonstration
-from clat.cli.shared import checkpoint_named, console, data_named, fitting, network_named, write_json
+from clat.cli.attacking import network_path
+from clat.cli.shared import (
+    checkpoint_named,
+    console,
+    data_named,
+    exists,
+    fitting,
+    network_named,
+    pretrained_named,
+    write_json,
+)
 from clat.cli.tables import status_table
 from clat.data.dataset import Dataset
 from clat.models import normalisation_of
@@ -44,11 +53,11 @@ def train(
     workers: int = 2,
     tracker: str | None = None,
 ) -> None:
-    """Trains a network from random weights by a recipe.
+    """Trains a network from random or pretrained weights by a recipe.
 
     Args:
-        model: a network such as rn18, timm/NAME, torchvision/NAME or your file.py:factory; options after commas, e.g.
-            rn18,width=16 or normalise=none
+        model: a network such as rn18, timm/NAME, torchvision/NAME, transformers/NAME or your file.py:factory; options
+            after commas, e.g. rn18,width=16 or timm/resnet18,pretrained=true
         data: training images: a Hugging Face name, folder, parquet or CSV file; options after commas, e.g.
             photos,size=64
         out: the run folder
@@ -79,10 +88,11 @@ def finetune(
     workers: int = 2,
     tracker: str | None = None,
 ) -> None:
-    """Fine-tunes a network from a checkpoint or run by a recipe.
+    """Fine-tunes a network from a checkpoint, a run or pretrained weights by a recipe.
 
     Args:
-        origin: a checkpoint, or a run folder (its best checkpoint)
+        origin: a checkpoint, a run folder (its best checkpoint), or a network that comes with trained weights, such as
+            timm/NAME,pretrained=true or your file.py:factory
         data: training images, the same as before; options after commas, e.g. photos,size=64
         out: the run folder
         model: the network of the weights if these cannot or do not name it, such as your file.py:factory
@@ -93,8 +103,14 @@ def finetune(
         tracker: tensorboard, wandb or trackio: told accuracies, losses and selections as they happen
     """
     check_tracker(tracker)
-    network, facts = checkpoint_named(origin, model)
-    dataset = fitting(data_named(data, "train"), facts, origin, unseen=False)
+    dataset = data_named(data, "train")
+    facts: dict[str, Any] = {}
+    if model is None and not exists(origin):
+        torch.manual_seed(recipe.seed)
+        network: nn.Module = pretrained_named(origin, dataset, partial=recipe.tuner.name != "whole")
+    else:
+        network, facts = checkpoint_named(origin, model)
+    dataset = fitting(dataset, facts, origin, unseen=False)
     held = facts.get("holdout", {})
     if facts.get("data", {}).get("source") == data and held != {"images": recipe.holdout, "seed": recipe.holdout_seed}:
         console.print(
@@ -105,7 +121,7 @@ def finetune(
             markup=False,
         )
     keys = {"resume": resume, "overwrite": overwrite, "device": device, "workers": workers, "tracker": tracker}
-    _run(recipe, network, dataset, out, str(checkpoint_path(origin)), keys)
+    _run(recipe, network, dataset, out, network_path(origin), keys)
 
 
 def status(run: str, model: str | None = None, json: str | None = None) -> None:

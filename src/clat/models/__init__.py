@@ -1,4 +1,4 @@
-"""Networks by name: the paper's, any of timm or torchvision, any factory of the user's, which the user names."""
+"""Networks by name: the paper's, those of timm, torchvision and transformers, and what a factory of yours makes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from clat.compute import works_in_channels_last
 from clat.errors import InputError
-from clat.models.bridges import from_factory, from_timm, from_torchvision
+from clat.models.bridges import Bridged, from_factory, from_timm, from_torchvision
 from clat.models.densenet import dn121
+from clat.models.hugging_face import from_transformers
 from clat.models.mixed import MAPS, MixedClassifier
-from clat.models.normalisation import Numbers, own_statistics, statistics
+from clat.models.normalisation import Numbers, normalises, statistics
 from clat.models.preact_resnet import preactrn18
 from clat.models.resnet import rn18, rn50
 from clat.models.spec import recorded
@@ -28,12 +29,16 @@ class Normalized(nn.Module):
     std: Tensor
     spec: dict[str, Any]  # the arguments of ``build_model`` that make the network again; in every checkpoint
     source: str  # where mean and std come from, in words; empty if from a file
+    notes: tuple[str, ...]  # sentences on what was assumed when it was made
+    new_head: bool  # whether the head has random weights, although the rest was pre-trained
 
     def __init__(self, network: nn.Module, mean: Numbers, std: Numbers):
         super().__init__()
         self.network = network
         self.spec = {}
         self.source = ""
+        self.notes = ()
+        self.new_head = False
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
@@ -82,59 +87,81 @@ def build_model(
     """A classifier for images (batch, channels, height, width) with pixels in [0, 1].
 
     Args:
-        name: one of ``MODELS``, ``timm/NAME``, ``torchvision/NAME``, or a factory of yours, ``file.py:factory`` or
-            ``package.module:factory``, which is imported and called with the options and, where it accepts them,
-            ``classes`` (or ``num_classes``) and ``channels`` (or ``in_chans``)
+        name: one of ``MODELS``, ``timm/NAME``, ``torchvision/NAME``, ``transformers/NAME`` (on the Hugging Face hub, or
+            a folder), or a factory of yours, ``file.py:factory`` or ``package.module:factory``, which is imported and
+            called with the options and, where it accepts them, ``classes`` (or ``num_classes``) and ``channels`` (or
+            ``in_chans``)
         classes: number of classes
         channels: number of image channels
         mean, std: per-channel statistics of the pixels, subtracted and divided inside the model
         normalise: ``none``, ``data`` (by mean and std), ``imagenet``, or numbers as ``MEAN;STD``, one a channel with
             slashes between them, e.g. ``0.5/0.5/0.5;0.25/0.25/0.25``. Default: by mean and std where they are given;
-            without them a timm network with ``pretrained=True`` as it was trained, any other not at all
-        options: passed to the network, e.g. ``width=16`` for rn18 or ``pretrained=True`` for timm
+            without them a network with ``pretrained=True`` as it was trained, any other not at all
+        options: passed to the network, e.g. ``width=16`` for rn18; ``pretrained=True`` for the weights that timm,
+            torchvision or the hub have for it. Its head is a new one if it is for another number of classes; ``notes``
+            of the network says so
     Raises:
-        InputError: an unknown name or option, or a factory that fails
+        InputError: an unknown name or option, a hub that cannot be reached, or a factory that fails
     """
     for key, count in (("classes", classes), ("channels", channels)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise InputError(f"{key} is {plain(count)}; it is a whole number of 1 or more.")
-    network = _network(name, classes, channels, options)
-    own = own_statistics(network) if name.startswith("timm/") and options.get("pretrained") else None
+    made = _network(name, classes, channels, options)
+    own = made.own() if made.own and normalise is None and mean is None else None
     mean, std, source = statistics(normalise, mean, std, channels, own)
+    if source and ":" in name and (twice := normalises(made.network)):
+        raise InputError(
+            f"{plain(name)} normalises by itself (in {plain(twice)}); leave the normalisation out here, or there."
+        )
     inside = [spec for spec in (options.get("accurate"), options.get("robust")) if isinstance(spec, Mapping)]
     if name == "mixed" and source and any(spec.get("pretrained") or spec.get("normalise") for spec in inside):
         raise InputError(
             "A network in this mixed classifier normalises by itself; build the whole without mean and std."
         )
-    model = Normalized(network, mean, std)
-    model.spec = {"name": name, "classes": classes, "channels": channels, **options}
-    model.source = source
+    model = Normalized(made.network, mean, std)
+    model.spec = {"name": name, "classes": classes, "channels": channels, **made.options}
+    model.source, model.new_head = source, made.new_head
+    model.notes = (made.head,) if made.head else ()
     return model
 
 
-def _network(name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
+BRIDGES: dict[str, Callable[[str, int, int, dict[str, Any]], Bridged]] = {
+    "timm/": from_timm,
+    "torchvision/": from_torchvision,
+    "transformers/": from_transformers,
+}
+
+
+def bridge(name: str) -> str | None:
+    """The beginning of a name that tells which other library's network it is, such as ``timm/``; None if no other's."""
+    return next((prefix for prefix in BRIDGES if name.startswith(prefix)), None)
+
+
+def _network(name: str, classes: int, channels: int, options: dict[str, Any]) -> Bridged:
     """The network of this name, by default with random weights, without a normalisation around it."""
+    library = bridge(name)
     try:
         if name in MODELS:
-            network = MODELS[name](classes=classes, channels=channels, **options)
-        elif name.startswith("timm/"):
-            network = from_timm(name.removeprefix("timm/"), classes, channels, options)
-        elif name.startswith("torchvision/"):
-            network = from_torchvision(name.removeprefix("torchvision/"), classes, channels, options)
-        elif name.startswith("transformers/"):
-            raise InputError("Networks of transformers cannot be built yet; name a factory of yours that makes one.")
+            made = Bridged(MODELS[name](classes=classes, channels=channels, **options), options=options)
+        elif library is not None:
+            made = BRIDGES[library](name.removeprefix(library), classes, channels, options)
         elif ":" in name:
             return from_factory(name, classes, channels, options)  # its own forward may rely on a memory layout
         else:
-            raise InputError(
-                f"There is no model {name!r}; choose one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, "
-                "file.py:factory or package.module:factory."
-            )
+            raise InputError(f"There is no model {name!r}; choose one of {known_names()}.")
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"Model {name} does not take these options: {error}.") from error
-    return network.to(memory_format=torch.channels_last) if works_in_channels_last(network) else network
+    if works_in_channels_last(made.network):
+        made.network.to(memory_format=torch.channels_last)
+    return made
+
+
+def known_names() -> str:
+    """The names that ``build_model`` takes, in words."""
+    others = [f"{library}NAME" for library in BRIDGES]
+    return f"{', '.join([*MODELS, *others])}, file.py:factory or package.module:factory"
 
 
 def takes_statistics(name: str, options: Mapping[str, Any]) -> bool:
@@ -142,19 +169,21 @@ def takes_statistics(name: str, options: Mapping[str, Any]) -> bool:
     random weights. A factory's network is taken as it is."""
     if options.get("normalise") is not None:
         return options["normalise"] == "data"
-    return name in MODELS or (name.startswith(("timm/", "torchvision/")) and not options.get("pretrained"))
+    return name in MODELS or (bridge(name) is not None and not options.get("pretrained"))
 
 
 def normalisation_of(model: nn.Module) -> str:
     """How a network normalises the pixels, in words."""
+    inside = normalises(model.network if isinstance(model, Normalized) else model)
+    alone = f"none by clat; the network has a mean and a std of its own (in {plain(inside)})"
     if not isinstance(model, Normalized):
-        return "none by clat, the network takes pixels in [0, 1] as they are"
+        return alone if inside else "none by clat, the network takes pixels in [0, 1] as they are"
     if isinstance(model.network, MixedClassifier):
         parts = {part: model.network.get_submodule(part) for part in ("accurate", "robust")}
         inside = "; ".join(f"{part}: {normalisation_of(network)}" for part, network in parts.items())
         return inside if _is_identity(model) else f"{_numbers(model)}, then {inside}"
     if _is_identity(model):
-        return "none, the network takes pixels in [0, 1] as they are"
+        return alone if inside else "none, the network takes pixels in [0, 1] as they are"
     return _numbers(model) + (f" ({model.source})" if model.source else "")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clat.errors import InputError
-from clat.models import MODELS, Normalized, build_model
+from clat.models import MODELS, Normalized, bridge, build_model
 from clat.models.schemes import SCHEMES, Rename, Scheme, Tensors
 from clat.models.spec import WEIGHTS
 from clat.models.untrusted import named_tensors, read_untrusted, unwrapped
@@ -284,7 +284,7 @@ def _inferred(
 
 
 def _takes_classes(name: str) -> bool:
-    return name in MODELS or name.startswith(("timm/", "torchvision/"))
+    return name in MODELS or bridge(name) is not None
 
 
 def _last_size(tensors: Tensors) -> int:

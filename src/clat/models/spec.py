@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from clat.errors import InputError
+from clat.models.hugging_face import harmless
 from clat.text import plain
 
 WEIGHTS = ("pretrained", "weights", "checkpoint_path")  # options that say where weights come from
@@ -100,6 +101,7 @@ TIMM_OPTIONS: dict[str, Option] = {
     "num_heads": whole(1, 256),
     "global_pool": word("avg", "max", "avgmax", "catavgmax", "token", "map", "fast", ""),
 }
+TRANSFORMERS_OPTIONS = {"config": Option("the configuration of an image classifier of transformers", harmless)}
 TORCHVISION_OPTIONS: dict[str, Option] = {"dropout": _SHARE, "stochastic_depth_prob": _SHARE, "image_size": _SIZE}
 
 
@@ -145,6 +147,11 @@ def _checked(spec: Any, where: object, depth: int) -> dict[str, Any]:
     spec = {key: value for key, value in spec.items() if key not in (*WEIGHTS, "normalise")}
     name = spec["name"]
     known = _known(name, where)
+    if known is TRANSFORMERS_OPTIONS and "config" not in spec:
+        raise InputError(
+            f"{plain(where)} names {plain(name)} without its configuration, and a file may not have that read from "
+            f"elsewhere; name the network in this call: --model {plain(name)}."
+        )
     for key, value in spec.items():
         if key in ("name", "classes", "channels"):
             continue
@@ -171,6 +178,8 @@ def _known(name: str, where: object) -> Mapping[str, Option]:
             return TIMM_OPTIONS
     elif re.fullmatch(r"torchvision/[a-z0-9_]+", name):
         return TORCHVISION_OPTIONS
+    elif name.startswith("transformers/"):
+        return TRANSFORMERS_OPTIONS
     elif ":" in name:
         raise InputError(
             f"{plain(where)} was made by {plain(name)}, which a file may not call; name it in this call: "

@@ -12,7 +12,7 @@ from clat.compute import Precision, autocast
 from clat.criticality import MeanOfAll
 from clat.errors import InputError
 from clat.inputs import check_seed, fit
-from clat.network import Images, Labels, State, snapshot
+from clat.network import Images, Labels, State, no_overwriting, snapshot
 from clat.objectives import Objective
 from clat.threat import Threat
 from clat.training.awp import Awp
@@ -49,6 +49,8 @@ class Method:
     ):
         if not isinstance(model, nn.Module):
             raise InputError(f"A method needs a torch.nn.Module; got {type(model).__name__}.")
+        if next(model.parameters(), None) is None:
+            raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to train.")
         self.model, self.objective, self.tuner = model, objective, tuner
         self.threat = fit("threat", threat, Threat)
         self.seed, self.precision = fit("seed", seed, int), precision
@@ -147,7 +149,8 @@ class Method:
             totals: dict[str, Tensor] = {}
             for images in divided:
                 terms = {name: term * (len(images[0]) / len(x)) for name, term in self.terms(*images).items()}
-                torch.stack(list(terms.values())).sum().backward()
+                with no_overwriting():
+                    torch.stack(list(terms.values())).sum().backward()
                 totals = {name: term.detach() + totals.get(name, 0) for name, term in terms.items()}
             share(parameters)
             return totals

@@ -10,6 +10,7 @@ from clat.criticality import LayerScore, MeanOfAll, Norm
 from clat.errors import InputError
 from clat.features import At
 from clat.inputs import check_fields, check_k
+from clat.layer_names import allowed
 from clat.layers import trace
 from clat.network import Images, Labels
 from clat.threat import Threat, attack_output
@@ -29,6 +30,8 @@ class Critical(Tuner):
     Args:
         layers: train these layers, by the names that ``clat layers`` prints, in place of k and ranking; projection
             shortcuts and the head may be among them
+        include: only layers whose names match one of these patterns can be selected, e.g. ``*.mlp.*``; default all
+        exclude: layers whose names match one of these patterns cannot, e.g. ``*.se.*`` for squeeze-and-excite
         k: how many layers train (a whole number), or which share of them (a decimal above 0 and up to 1.0, all)
         every: epochs from one selection to the next (Algorithm 1: 10); 0 selects once (Table 4's non-dynamic variant)
         ranking: criticality (Algorithm 1, line 9); another measure, of which the highest come first: relative (change
@@ -49,6 +52,8 @@ class Critical(Tuner):
 
     name = "critical"
     layers: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     k: int | float = 1
     every: int = 10
     ranking: Order = "criticality"
@@ -68,6 +73,8 @@ class Critical(Tuner):
         if self.batch < 1:
             raise InputError(f"critical.batch is {self.batch}; the criticality needs at least one image.")
         check_k(self.k, "critical.k")
+        if self.layers and (self.include or self.exclude):
+            raise InputError("critical.layers names the layers; leave critical.include and critical.exclude out.")
 
     def unseen(self) -> int:
         return self.batch if self.ranking == "alignment" and not self.layers else 0
@@ -114,7 +121,9 @@ class Critical(Tuner):
 
     def _top(self, model: nn.Module, scores: list[LayerScore], seed: int) -> list[str]:
         """The first k layers of the ranking."""
-        names = selectable(model, dict.fromkeys(score.name for score in ranked(scores, head=self.head)))
+        left = allowed((score.name for score in scores), self.include, self.exclude)
+        highest = (score.name for score in ranked(scores, head=self.head) if score.name in left)
+        names = selectable(model, dict.fromkeys(highest))
         if self.ranking == "random":
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
             names = [names[i] for i in order]
