@@ -33,7 +33,7 @@ EVALUATION = pgd_threat("16/255", 20)
 
 # So few images that PGD-AT learns them by heart. Chosen on held-out images, not on the test images of the table.
 PRETRAIN = Recipe(
-    epochs=40,
+    epochs=20,
     batch_size=25,
     images=300,
     holdout=500,
@@ -42,9 +42,9 @@ PRETRAIN = Recipe(
     weight_decay=0.0,
     augment=False,
     threat=Threat(eps="16/255", step="8/255", steps=3),
-    validation_steps=4,
+    validation_steps=3,
 )
-FURTHER = replace(PRETRAIN, epochs=40)
+FURTHER = replace(PRETRAIN, epochs=40, schedule="step", milestones=(31,))
 CLAT = replace(FURTHER, objective=Clat(), tuner=Critical(k=1, every=10))
 
 
