@@ -82,6 +82,15 @@ printf '%s\\n' "${COMPREPLY[@]}"
     ], done.stderr
 
 
+@pytest.mark.parametrize(("load", "policy"), [(0.1, None), (99.0, "passive")])
+def test_threads_sleep_where_the_machine_is_busy(load, policy, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is as before afterwards
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main(["list", "--json", os.devnull]) == 0
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
 def test_an_unknown_shell_is_named(capsys):
     assert main(["--completion", "fish"]) == 2
     assert capsys.readouterr().err == "clat: --completion is 'fish'; choose one of bash, zsh.\n"

@@ -4,11 +4,13 @@ import io
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from clat.cli import demo
+from clat.compare.statistics import unpack
 
 
 def test_the_demo_prints_what_came_out(tmp_path, monkeypatch):
@@ -29,16 +31,16 @@ def test_the_demo_prints_what_came_out(tmp_path, monkeypatch):
     printed = " ".join(text.getvalue().split())
     for row in rows:
         assert f"{100 * row['robust']['accuracy']:.1f} [" in printed
-        assert sum(row["right"]) == row["robust"]["correct"]
+        assert unpack(row["right"]).sum() == row["robust"]["correct"]
         assert f"{row['trainable']:,}" in printed
         assert row["run"].replace("\x1b", "\\x1b") in printed
-    assert demo.meaning(*[row["right"] for row in rows[2:]]) in printed
+    assert demo.meaning(*[unpack(row["right"]) for row in rows[2:]]) in printed
     assert printed.count("Best epoch ") == 3
     assert "selected network." in printed
 
 
-def right(count: int) -> list[bool]:
-    return [i < count for i in range(200)]
+def right(count: int) -> np.ndarray:
+    return np.arange(200) < count
 
 
 @pytest.mark.parametrize(

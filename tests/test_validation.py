@@ -91,6 +91,7 @@ def test_the_words_of_the_issue_are_among_them():
 OUT_OF_RANGE = [
     (None, "momentum", -0.1), (None, "momentum", 1.0), (None, "weight_decay", -1e-4), (None, "clip", -1.0),
     (None, "clip", 0.0), (None, "lr", 0.0), (None, "lr", -1.0), (None, "lr", math.nan), (None, "lr", math.inf),
+    (None, "patience", 0), (None, "warmup", -1), (None, "label_smoothing", 1.0), (None, "label_smoothing", -0.1),
     (None, "peak", 0.0), (None, "peak", 1.0), (None, "holdout", 0), (None, "holdout", -5), (None, "epochs", 0),
     (None, "epochs", 1.5), (None, "epochs", True), (None, "epochs", 2**70), (None, "epochs", [1]),
     (None, "batch_size", 0), (None, "images", 0), (None, "validation_steps", -1), (None, "seed", 2**40),

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ from rich.text import Text
 from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
 from clat.cli.tables import layer_rows, layer_table, percent
-from clat.compare.statistics import LEVEL, mcnemar
+from clat.compare.statistics import LEVEL, Outcomes, mcnemar, pack, unpack
 from clat.criticality import layer_criticality
 from clat.data.dataset import Dataset, to_unit
 from clat.data.loading import load_data
@@ -34,7 +35,7 @@ EVALUATION = pgd_threat("16/255", 20)
 
 # So few images that PGD-AT learns them by heart. Chosen on held-out images, not on the test images of the table.
 PRETRAIN = Recipe(
-    epochs=40,
+    epochs=20,
     batch_size=25,
     images=300,
     holdout=500,
@@ -43,9 +44,9 @@ PRETRAIN = Recipe(
     weight_decay=0.0,
     augment=False,
     threat=Threat(eps="16/255", step="8/255", steps=3),
-    validation_steps=4,
+    validation_steps=3,
 )
-FURTHER = replace(PRETRAIN, epochs=40)
+FURTHER = replace(PRETRAIN, epochs=40, schedule="step", milestones=(31,))
 CLAT = replace(FURTHER, objective=Clat(), tuner=Critical(k=1, every=10))
 
 
@@ -84,7 +85,7 @@ def run(out: Path, *, resume: bool = False, overwrite: bool = False, console: Co
         rows += _rows(f"  + {name}, {FURTHER.epochs} epochs", arm, test)
     write_text(out / "demo.json", json.dumps(rows, indent=2) + "\n")
     console.print(_table(rows))
-    console.print(meaning(*[row["right"] for row in rows[2:]]), markup=False, highlight=False)
+    console.print(meaning(*[unpack(row["right"]) for row in rows[2:]]), markup=False, highlight=False)
     where = plain(out)
     console.print(
         f"Robust: {EVALUATION.steps}-step PGD, linf, eps 16/255, fp32; 95 % Wilson intervals; one seed, a toy scale.\n"
@@ -95,8 +96,8 @@ def run(out: Path, *, resume: bool = False, overwrite: bool = False, console: Co
     )
 
 
-def meaning(pgd_best: list[bool], pgd_last: list[bool], clat_best: list[bool], clat_last: list[bool]) -> str:
-    """One sentence on the images that each network gets right under attack.
+def meaning(pgd_best: Outcomes, pgd_last: Outcomes, clat_best: Outcomes, clat_last: Outcomes) -> str:
+    """One sentence on the images that each network gets right under attack, bool (images,).
 
     McNemar's exact test says whether the images on which two networks differ may do so by chance.
     """
@@ -112,13 +113,12 @@ def meaning(pgd_best: list[bool], pgd_last: list[bool], clat_best: list[bool], c
     )
 
 
-def _only(first: list[bool], second: list[bool]) -> tuple[int, int]:
+def _only(first: Outcomes, second: Outcomes) -> tuple[int, int]:
     """How many images only the first network gets right, and only the second."""
-    pairs = list(zip(first, second, strict=True))
-    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    return int((first & ~second).sum()), int((second & ~first).sum())
 
 
-def _difference(first: list[bool], second: list[bool], more: str, less: str) -> str:
+def _difference(first: Outcomes, second: Outcomes, more: str, less: str) -> str:
     """By how many points the first network is better or worse, and whether that may be chance."""
     pair = mcnemar(*_only(first, second))
     points = 100 * (pair.first - pair.second) / len(first)
@@ -151,7 +151,7 @@ def _rows(name: str, run: Run, test: Dataset) -> list[dict[str, Any]]:
                 "epoch": facts["epoch"],
                 "clean": result.clean.to_json(),
                 "robust": result.robust.to_json(),
-                "right": [outcome == 0 for outcome in result.outcomes],
+                "right": pack(np.array(result.outcomes) == 0),
                 "trainable": run.result["trainable"],
                 "parameters": run.result["parameters"],
                 "seconds": run.result["seconds"],

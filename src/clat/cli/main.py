@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _share_the_cores() -> None:
     """Where other programs compute, lets OpenMP's threads sleep while they wait; torch reads this when it is imported.
 
-    Threads that spin keep a core that the one they wait for needs. Two threads, two cores, load 15: 30 passes of the
-    demo's network took 5 to 9 s with sleeping threads and more than 200 s with spinning ones.
+    Threads that spin keep a core that the one they wait for needs. Two threads on two cores at a load of 15: 30
+    batches of the demo took 5 to 9 s with sleeping threads, and had not ended after 200 s with spinning ones.
     """
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 4:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
