@@ -38,7 +38,7 @@ def test_a_table_by_hand_is_noticed():
         assert not rows, f"{path.name}: {rows[0]}"
 
 
-@pytest.mark.parametrize("name", ["methods", "cheaper", "verdicts", "peers", "bench", "memory", "loading"])
+@pytest.mark.parametrize("name", ["methods", "cheaper", "verdicts", "peers", "bench", "memory"])
 def test_a_changed_result_makes_a_page_stale(name, monkeypatch):
     real = docs.results
 
