@@ -103,6 +103,8 @@ def others(parts: Parts) -> list[str]:
 
 
 def loading(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return ["Not measured yet."]
     lines = ["| worker processes | s a step | waiting for images | share |", "|---|---|---|---|"]
     for row in rows:
         whole, waited = (statistics.mean(row[name][1:]) for name in ("seconds", "waited"))

@@ -287,11 +287,8 @@ def _check_labels(recipe: Recipe) -> None:
 def _called(function: Callable[..., Any]) -> str:
     """How a function of the user's own is named in a run's recipe.yaml."""
     name = getattr(function, "__qualname__", None)
-    return (
-        f"{function.__module__}.{name}"
-        if name
-        else plain(" ".join(re.sub(" at 0x[0-9a-f]+", "", repr(function)).split()))
-    )
+    settings = re.sub(" at 0x[0-9a-f]+", "", repr(function))  # of a transform
+    return f"{function.__module__}.{name}" if name else plain(" ".join(settings.split()))
 
 
 def _section(method: Any) -> str:
