@@ -111,9 +111,9 @@ def test_they_are_ranked_tuned_measured_and_checked(name, colours, saved, tmp_pa
     assert next(row["note"] for row in rows if row["name"].endswith(calls[-1])) == "head"
     checks = [check for check in CHECKS if check.id in CHECKED]
     verdict = trust(load_checkpoint("run")[0], colours, limit=4, checks=checks)
-    assert [(finding.check, finding.status) for finding in verdict.findings[1:]] == [
-        (name, "pass") for name in CHECKED[1:]
-    ]
+    found = {finding.check: finding.status for finding in verdict.findings}
+    assert found["batch"] == found["gradients"] == "pass"
+    assert found["attack"] in ("pass", "skipped")  # there is nothing to attack where no image is right
 
 
 # transformers
@@ -396,7 +396,8 @@ def test_the_commands_of_the_page_run(mine, tmp_path, monkeypatch, colours, caps
     monkeypatch.setattr(shared, "load_data", lambda source, split: colours)
     Path("mynet.py").write_text(
         "from torch import nn\ndef make(classes, channels, width):\n"
-        "    return nn.Sequential(nn.Conv2d(channels, width, 8, 8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes))\n"
+        "    first, last = nn.Conv2d(channels, width, 8, 8), nn.Linear(16 * width, classes)\n"
+        "    return nn.Sequential(first, nn.ReLU(), nn.Flatten(), last)\n"
     )
     small = {"train": SMALL, "finetune": SMALL, "layers": "--batch 3 --steps 1", "evaluate": "--limit 3 --steps 1"}
     lines = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
