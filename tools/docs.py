@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 import page  # noqa: E402 (found in bench/)
 
 from clat import build_model  # noqa: E402
-from clat.cli.tables import percent  # noqa: E402
 from clat.compare.file import load_comparison  # noqa: E402
 from clat.compare.result import read_entries  # noqa: E402
 from clat.compare.table import markdown  # noqa: E402
@@ -30,6 +29,7 @@ from clat.evaluation.accuracy import Accuracy  # noqa: E402
 from clat.evaluation.trust import CHECKS, NEEDED  # noqa: E402
 from clat.layers import trace  # noqa: E402
 from clat.models import MODELS  # noqa: E402
+from clat.report.words import percent  # noqa: E402
 
 Lines = list[str]
 BLOCK = re.compile(r"(<!-- made by make docs: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

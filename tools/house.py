@@ -30,7 +30,7 @@ ROWS = (
 )
 
 # The signature and docstring of a command are its flags and its help, so that only the lines of its body count.
-COMMANDS = ("compare", "evaluate", "sweep", "transfer", "trust")
+COMMANDS = ("compare", "evaluate", "report", "sweep", "transfer", "trust")
 
 
 def findings(root: Path = ROOT) -> list[str]:

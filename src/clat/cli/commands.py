@@ -4,6 +4,7 @@ from clat.cli.arguments import Command
 from clat.cli.compare import compare
 from clat.cli.evaluate import evaluate
 from clat.cli.networks import import_, layers
+from clat.cli.report import report
 from clat.cli.sweep import sweep
 from clat.cli.training import demo, finetune, status, train
 from clat.cli.transfer import transfer
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": sweep,
     "trust": trust,
     "compare": compare,
+    "report": report,
     "status": status,
     "import": import_,
 }

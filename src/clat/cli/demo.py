@@ -12,7 +12,7 @@ from rich.text import Text
 
 from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
-from clat.cli.tables import layer_rows, layer_table, percent
+from clat.cli.tables import layer_rows, layer_table
 from clat.criticality import layer_criticality, ranked
 from clat.data.dataset import Dataset, to_unit
 from clat.data.loading import load_data
@@ -21,6 +21,7 @@ from clat.evaluation.evaluate import evaluate
 from clat.files import write_text
 from clat.models import build_model
 from clat.objectives import Clat
+from clat.report.words import percent
 from clat.text import plain
 from clat.threat import Threat, attack_output
 from clat.training.loop import train
