@@ -116,7 +116,8 @@ def read_record(path: Path) -> tuple[Result, bool]:
         measured, attacks = Measured.from_json(identity["measured"]), identity["attacks"]
         state = _State(path, measured, {key: identity[key] for key in ("eps", "norm")}, attacks, [], [], [])
         valid = _json(state.identity) == identity and _consistent(read, measured.images, len(attacks))
-        if not valid or not all(isinstance(attack["name"], str) for attack in attacks):
+        words = (state.ball["norm"], *(attack["name"] for attack in attacks))
+        if not valid or type(state.ball["eps"]) is not float or not all(isinstance(word, str) for word in words):
             raise ValueError
         state.outcomes, state.done, state.seconds = read["outcomes"], read["done"], read["seconds"]
         return state.result(), state.finished

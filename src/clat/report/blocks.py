@@ -25,6 +25,7 @@ class Table:
     caption: str
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    folded: bool = False  # closed until it is asked for
     kind: ClassVar[str] = "table"
 
     @property
@@ -63,19 +64,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Shown:
-    """One image: its PNG as a data URL, what it is, and the words below it."""
+    """Images in a row, each a PNG as a data URL with what it is, and the words below them."""
 
-    url: str
-    alt: str
+    images: tuple[tuple[str, str], ...]
     words: str
 
 
 @dataclass(frozen=True)
 class Images:
-    """Rows of images: original, perturbation and attacked image."""
+    """Rows of images, side by side where there is room."""
 
-    headings: tuple[str, ...]
-    rows: tuple[tuple[Shown, ...], ...]
+    rows: tuple[Shown, ...]
     caption: str
     kind: ClassVar[str] = "images"
 
@@ -145,6 +144,6 @@ def share(accuracy: Accuracy) -> Cell:
     return Cell(f"{100 * accuracy.value:.1f}", accuracy.value, f"[{100 * low:.1f}, {100 * high:.1f}]")
 
 
-def table(caption: str, headings: str, rows: Sequence[Sequence[Cell]]) -> Table:
+def table(caption: str, headings: str, rows: Sequence[Sequence[Cell]], *, folded: bool = False) -> Table:
     """A table whose headings are separated by ``|``."""
-    return Table(caption, tuple(title.strip() for title in headings.split("|")), tuple(map(tuple, rows)))
+    return Table(caption, tuple(title.strip() for title in headings.split("|")), tuple(map(tuple, rows)), folded)

@@ -24,7 +24,7 @@ from clat.report.words import attack_name
 from clat.text import plain
 from clat.threat import Lp, Threat, attack_output
 
-SHOWN = 6  # examples
+SHOWN = 3  # examples that the attack breaks, and as many that withstand it
 STEPS = 20  # of PGD
 BATCH = 100  # images that run together
 RANKED = 100  # images that the criticality is measured on
@@ -43,6 +43,10 @@ class Example:
     before: tuple[int, float]  # class and its probability
     after: tuple[int, float]
 
+    @property
+    def broken(self) -> bool:
+        return self.after[0] != self.label
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -51,7 +55,7 @@ class Examined:
     Args:
         threat: the attack
         data: in words: how many images, of what
-        examples: the first images of the sample that are classified correctly
+        examples: the first images of the sample that the attack breaks, and the first that withstand it
         confusion: counts (true class, class under attack) of the images that are right without it
         right: of each class, how many images there are, are right, and stay right under attack
         before, after: criticality by layer, of the base and of the network, on the same images; empty without a base
@@ -107,8 +111,10 @@ def examine(
                 confusion[true, seen] += 1
             for true, ok in zip(y.tolist(), correct.tolist(), strict=True):
                 right[true] += torch.tensor([1, int(ok), 0])
-            found = correct.nonzero()[: SHOWN - len(examples), 0].tolist()
-            examples += [_example(x, x_adv, y, before, after, i) for i in found]
+            for broken in (True, False):
+                left = SHOWN - sum(example.broken == broken for example in examples)
+                of_kind = correct & ((after.argmax(1) != y) == broken)
+                examples += [_example(x, x_adv, y, before, after, i) for i in of_kind.nonzero()[:left, 0].tolist()]
             if not step and base is not None:
                 check_fits(base, data, place)
                 scores = [_criticality(each, x[:RANKED], y[:RANKED], threat, seed) for each in (base, model)]
@@ -139,42 +145,37 @@ def sections_of(examined: Examined, key: str) -> Sequence[Section]:
     attack = attack_name(f"PGD-{STEPS}", examined.threat)
     sections = []
     if examined.examples:
-        said = f"The first {len(examined.examples)} of {examined.data} that are right without attack; {attack}."
+        said = (
+            f"The first images of the sample that {attack} breaks, and the first that withstand it, all of them right "
+            f"without attack: {examined.data}."
+        )
         sections.append(Section("Adversarial examples", (said,), (_rows(examined),)))
     total = int(examined.confusion.sum())
     if total:
         lost = total - int(examined.confusion.diagonal().sum())
         said = f"Of {total:,} images that are right without attack, {attack} turns {lost:,} into another class."
-        sections.append(Section("What the attack confuses", (said, f"{examined.data}."), _confusions(examined, key)))
+        sections.append(Section("What the attack confuses", (said,), _confusions(examined, key)))
     return sections
 
 
 def _rows(examined: Examined) -> ImageRows:
     rows = []
-    for example in examined.examples:
+    for example in sorted(examined.examples, key=lambda example: not example.broken):
         (was, sure), (seen, then) = example.before, example.after
-        true, name, other = (plain(examined.classes[place]) for place in (example.label, was, seen))
-        changed = (example.x_adv - example.x) / (2 * examined.threat.radius) + 0.5
-        if examined.threat.norm != "linf":
-            most = float((example.x_adv - example.x).abs().max()) or 1.0
-            changed = (example.x_adv - example.x) / (2 * most) + 0.5
-        fooled = seen != example.label
-        rows.append(
-            (
-                Shown(_png(example.x), f"image of {true}", f"{name}, {sure:.0%}"),
-                Shown(_png(changed), "its perturbation, magnified", "magnified"),
-                Shown(
-                    _png(example.x_adv),
-                    f"the image under attack, classified as {other}",
-                    f"{other}, {then:.0%}{'' if fooled else ' (withstood)'}",
-                ),
-            )
+        name, other = (plain(examined.classes[place]) for place in (was, seen))
+        change = example.x_adv - example.x
+        most = examined.threat.radius if examined.threat.norm == "linf" else float(change.abs().max()) or 1.0
+        images = (
+            (_png(example.x), f"image of {name}"),
+            (_png(change / (2 * most) + 0.5), "its perturbation, magnified"),
+            (_png(example.x_adv), f"the image under attack, seen as {other}"),
         )
+        rows.append(Shown(images, f"{name}, {sure:.0%} → {other}, {then:.0%}"))
     caption = (
-        "Below each image what the network sees in it, and how sure it is. The perturbation is stretched from its ball "
-        "to all grey levels; mid-grey is no change."
+        "From left to right: the image; the perturbation, stretched from its ball to all grey levels (mid-grey is no "
+        "change); the attacked image. Below: the class that the network sees, and how sure it is."
     )
-    return ImageRows(("image", "perturbation", "under attack"), tuple(rows), caption)
+    return ImageRows(tuple(rows), caption)
 
 
 def _png(pixels: Images) -> str:
@@ -203,9 +204,8 @@ def _confusions(examined: Examined, key: str) -> tuple[Pictures | Table, ...]:
     order = changed.flatten().argsort(descending=True, stable=True)[:PAIRS].tolist()
     pairs = [divmod(place, len(names)) for place in order if int(changed.flatten()[place])]
     rows = [(words(names[a]), words(names[b]), number(int(changed[a, b]))) for a, b in pairs]
-    most = table("The most frequent confusions", "class | becomes | images", rows)
     if len(names) > CLASSES:
-        return most, accuracies
+        return table("The most frequent confusions", "class | becomes | images", rows), accuracies
     square = Table(
         "Images by class, and by what the network sees under attack",
         ("class", *names),
@@ -215,9 +215,9 @@ def _confusions(examined: Examined, key: str) -> tuple[Pictures | Table, ...]:
         ),
     )
     draw = pictures.heat_panel(names, names, changed.tolist(), set(), "seen under attack")
-    worst = f"Most often {names[pairs[0][0]]} becomes {names[pairs[0][1]]}, {rows[0][2].text} times." if pairs else ""
-    alt = f"Confusion of {len(names)} classes under attack. {plain(worst)}".strip()
+    worst = ", ".join(f"{names[a]} becomes {names[b]} {int(changed[a, b])} times" for a, b in pairs[:3])
+    alt = f"Confusion of {len(names)} classes under attack. Most often {plain(worst)}." if worst else "No confusion."
     height = 1.2 + 0.26 * len(names)
     figure = pictures.figure_of(draw, height=height, turned=True)
     caption = "Rows: the true class; columns: what it becomes. The darker, the more images; the others withstand."
-    return Pictures((picture(figure, f"{key}-confusion", alt, caption, square),)), most, accuracies
+    return Pictures((picture(figure, f"{key}-confusion", alt, caption, square),)), accuracies

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clat.criticality import ranked
 from clat.evaluation.accuracy import Accuracy
 from clat.layers import WRAPPER
 from clat.report import pictures
@@ -29,10 +30,12 @@ def learning(run: Told, key: str) -> Section:
     lines = _lines(run)
     best, last = run.metrics[run.best - 1], run.metrics[-1]
     gap = 100 * (best["robust"] - last["robust"])
+    chance = "the epoch was chosen on these images, so a small gap may be chance"
+    averaged = " of the averaged weights" if run.recipe.get("average") else ""
     said = (
-        f"Held-out robust accuracy is {100 * best['robust']:.1f} % in epoch {run.best}, which is kept as the best, and "
-        f"{100 * last['robust']:.1f} % in the last, epoch {len(run.metrics)}: "
-        + (f"a robust-overfitting gap of {gap:.1f} points." if gap > 0 else "no robust overfitting.")
+        f"Held-out robust accuracy{averaged} is {100 * best['robust']:.1f} % in epoch {run.best}, which is kept as the "
+        f"best, and {100 * last['robust']:.1f} % in the last, epoch {len(run.metrics)}: "
+        + (f"a robust-overfitting gap of {gap:.1f} points; {chance}." if gap > 0 else "no robust overfitting.")
     )
     images = f"Held-out accuracy on {last['validation_images']:,} images under PGD-{steps_of(run)}, with 95 % intervals"
     alt = f"Held-out accuracy over {len(run.metrics)} epochs. {said}"
@@ -41,14 +44,16 @@ def learning(run: Told, key: str) -> Section:
     rows = [(number(entry["epoch"]), number(entry["loss"], "{:.4g}")) for entry in run.metrics]
     both = (
         picture(
-            pictures.figure_of(pictures.learning_panel(lines, again_at, run.best), height=3.2, legend=2),
+            pictures.figure_of(
+                pictures.learning_panel(lines, again_at, run.best), height=3.2, legend=2 if len(lines) > 2 else 3
+            ),
             f"{key}-curve",
             alt,
             f"{images}; the ring is the best epoch.",
             _epochs(run, lines, again_at),
         ),
         picture(
-            pictures.figure_of(loss, height=3.2, legend=2),
+            pictures.figure_of(loss, height=3.2, legend=3),
             f"{key}-loss",
             loss_alt,
             "Mean over the epoch.",
@@ -63,7 +68,7 @@ def _lines(run: Told) -> dict[str, list[pictures.Span]]:
     lines: dict[str, list[pictures.Span]] = {}
     for kind in ("clean", "robust"):
         accuracies = [held_out(entry, kind) for entry in run.metrics]
-        lines[f"{kind}, held-out"] = [(accuracy.value, *accuracy.interval) for accuracy in accuracies]
+        lines[kind] = [(accuracy.value, *accuracy.interval) for accuracy in accuracies]
     for kind in ("clean", "robust"):
         if all(f"train_{kind}" in entry for entry in run.metrics):
             values = [float(entry[f"train_{kind}"]) for entry in run.metrics]
@@ -91,7 +96,7 @@ def layers(run: Told, key: str, examined: Examined | None) -> Section | None:
     scored = [selection for selection in run.selections if selection.scores]
     if not scored:
         return None
-    index = {score.name: score.index for selection in scored for score in selection.scores}
+    index = _selectable(scored)
     height = 0.8 + 0.17 * len(index)
     shown = [_heat(run, scored, index, height, key)]
     if examined is not None and examined.before and examined.after:
@@ -104,6 +109,14 @@ def layers(run: Told, key: str, examined: Examined | None) -> Section | None:
         how = "As the run recorded it at its first and its last selection, on other images each."
         shown.append(_pairs(index, first, last, titles, how, height, key))
     return Section("Which layers trained", (f"Trained {_trained(scored)}.",), (Pictures(tuple(shown)),))
+
+
+def _selectable(scored: Sequence[Selection]) -> dict[str, int | None]:
+    """The layers that a selection chooses from, by name, with their numbers, in the order in which they run."""
+    chosen = {
+        name for selection in scored for name in (*selection.layers, *(s.name for s in ranked(list(selection.scores))))
+    }
+    return {score.name: score.index for each in scored for score in each.scores if score.name in chosen}
 
 
 def _trained(scored: Sequence[Selection]) -> str:
@@ -128,7 +141,7 @@ def _heat(run: Told, scored: Sequence[Selection], index: Mapping[str, int | None
         pictures.figure_of(draw, height=height),
         f"{key}-heat",
         f"Heat map of {ranking} over {len(index)} layers and {len(scored)} selections. Trained {_trained(scored)}.",
-        f"From the first layer down to the last. The darker, the higher the {ranking}; dots: trained from this epoch on.",
+        f"The first layer at the top. The darker, the higher the {ranking}; dots: trained from this epoch on.",
         Table(title, ("layer", *(f"epoch {epoch}" for epoch in epochs)), tuple(rows)),
     )
 
@@ -170,5 +183,5 @@ def _short(name: str) -> str:
 
 
 def layer_label(name: str, index: int | None) -> str:
-    """The paper's number and the name, e.g. ``11  layer3.1.conv1``."""
-    return f"{_short(name)}  {index}" if index else _short(name)
+    """The paper's number and the name, e.g. ``layer3.1.conv1 (11)``."""
+    return f"{_short(name)} ({index})" if index else _short(name)

@@ -178,7 +178,7 @@ def learning_panel(lines: Mapping[str, Sequence[Span]], reselected: Sequence[int
                 ring = {"ms": 7, "mfc": "none", "mec": colour, "mew": 1.4, "zorder": 4}
                 axis.plot([best], [values[best - 1]], "o", **ring)
         _epochs(axis, reselected)
-        axis.set_title("accuracy (%)", fontsize="medium", loc="left")
+        axis.set_title("held-out accuracy (%)", fontsize="medium", loc="left")
 
     return draw
 
@@ -188,7 +188,7 @@ def loss_panel(losses: Sequence[float], reselected: Sequence[int]) -> Draw:
 
     def draw(axis: Any) -> None:
         marker = "o" if len(losses) == 1 else ""
-        axis.plot(range(1, len(losses) + 1), losses, color=INK, lw=1.6, marker=marker)
+        axis.plot(range(1, len(losses) + 1), losses, color=INK, lw=1.6, marker=marker, label="loss")
         _epochs(axis, reselected)
         axis.set_title("training loss", fontsize="medium", loc="left")
 

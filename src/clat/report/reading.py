@@ -13,6 +13,7 @@ from clat.checkpoint import load_tensors
 from clat.errors import InputError
 from clat.network import fingerprint, weights_digest
 from clat.report.records import Records, records_in
+from clat.text import plain
 from clat.training.runs import Run
 from clat.tuners.selection import Selection
 
@@ -72,9 +73,11 @@ def told(name: str, load: Load, *, base: str | None = None, checkpoint: str = "b
         InputError: no run folder, one whose first epoch is not done, or one that is damaged
     """
     run = Run(Path(name))
+    if not run.exists:
+        raise InputError(f"{plain(name)} is no run folder; give one that clat train or finetune wrote.")
     metrics, selections = run.progress()
     if not metrics:
-        raise InputError(f"{name} has no finished epoch yet; there is nothing to show.")
+        raise InputError(f"{plain(name)} has no finished epoch yet; there is nothing to show.")
     recipe, environment = run.recipe, run.environment
     origin = environment.get("from")
     beside: Told | None = None

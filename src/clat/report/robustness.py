@@ -9,7 +9,7 @@ from clat.compare.statistics import paired_difference
 from clat.evaluation.accuracy import Accuracy, Result
 from clat.evaluation.sweep import Curve
 from clat.report import pictures
-from clat.report.blocks import Block, Cell, Picture, Pictures, Section, number, share, table, words
+from clat.report.blocks import Block, Cell, Picture, Pictures, Section, Text, number, share, table, words
 from clat.report.records import Evaluated, Records
 from clat.report.svg import picture
 from clat.report.words import radius, strength
@@ -67,7 +67,8 @@ def accuracies(network: Network, key: str, base: Network | None = None) -> Secti
             blocks = blocks or [Pictures((_beside(named, key),))]
     heading = "network | checkpoint | attack | ball | images | clean % | robust %"
     blocks.append(table("Accuracy with its 95 % Wilson interval", heading, rows))
-    said.append(f"Measured: {network.records.evaluations[0].result.measured}.")
+    how = dict.fromkeys(str(each.result.measured) for each in network.records.evaluations)
+    blocks.append(Text("How it was measured", tuple(how)))
     return Section("Accuracy", tuple(said), tuple(blocks))
 
 
@@ -140,14 +141,18 @@ def trust(network: Network) -> Section | None:
     said: list[str] = []
     for checkpoint, verdict in network.records.verdicts:
         said.append(
-            f"{checkpoint}: {verdict.text}, on {verdict.clean.n:,} {verdict.measured.split} images, {verdict.norm} eps "
-            f"{radius(verdict.eps, verdict.norm)}. Checks find signs; they prove nothing."
+            f"The {checkpoint} checkpoint: {verdict.text}; on {verdict.clean.n:,} {verdict.measured.split} images, "
+            f"{verdict.norm} eps {radius(verdict.eps, verdict.norm)}. Checks find signs; they prove nothing."
         )
-        rows = [
-            (words(each.check), words(each.status), words(each.measured), number(each.seconds, "{:.1f}"))
-            for each in verdict.findings
-        ]
-        blocks.append(table(f"Checks of {checkpoint}", "check | result | measured | seconds", rows))
+        for folded in (False, True):
+            rows = [
+                (words(each.check), words(each.status), words(each.measured), number(each.seconds, "{:.1f}"))
+                for each in verdict.findings
+                if (each.status in ("pass", "skipped")) == folded
+            ]
+            if rows:
+                title = f"{len(rows)} checks that passed or were skipped" if folded else "Checks to look at"
+                blocks.append(table(title, "check | result | measured | seconds", rows, folded=folded))
     return Section("Can the robust accuracy be trusted?", tuple(said), tuple(blocks))
 
 

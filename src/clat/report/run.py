@@ -22,7 +22,7 @@ def run_page(run: Told, examined: Examined | None = None, *, place: int = 1) -> 
     """
     key = f"run{place}"
     network, base = network_of(run), network_of(run.base) if run.base else None
-    verdict = next(iter(run.records.verdicts), None)
+    verdict = next((verdict for name, verdict in run.records.verdicts if name == run.checkpoint), None)
     sections = [
         accuracies(network, key, base),
         trust(network),
@@ -33,15 +33,11 @@ def run_page(run: Told, examined: Examined | None = None, *, place: int = 1) -> 
         cost(run),
         again(run),
     ]
-    said = ""
-    if verdict:
-        of = "" if verdict[0] == "best" else f" ({verdict[0]} checkpoint)"
-        said = verdict[1].text[0].upper() + verdict[1].text[1:] + of + "."
     return Page(
         kind="Run",
         title=run.name,
-        verdict=said,
-        good=verdict[1].ok if verdict else None,
+        verdict=f"{verdict.text[0].upper()}{verdict.text[1:]}." if verdict else "",
+        good=verdict.ok if verdict else None,
         figures=figures(run, network),
         sections=tuple(section for section in sections if section is not None),
         missing=tuple(missing(run, network, base, examined)),
