@@ -291,7 +291,7 @@ def test_a_page_that_is_too_large_is_refused(runs, tmp_path, monkeypatch):
         write_page([run_page(told(str(runs / "clat"), load))], tmp_path / "page.html")
 
 
-def test_commands_say_which_command_draws_the_page(runs, copy, monkeypatch, capsys):
+def test_commands_say_which_command_draws_the_page(copy, monkeypatch, capsys):
     from clat.cli import attacking
 
     monkeypatch.setattr(attacking, "data_named", lambda *_: replace(images(), split="test"))

@@ -216,8 +216,9 @@ def _confusions(examined: Examined, key: str) -> tuple[Pictures | Table, ...]:
     )
     draw = pictures.heat_panel(names, names, changed.tolist(), set(), "seen under attack")
     worst = ", ".join(f"{names[a]} becomes {names[b]} {int(changed[a, b])} times" for a, b in pairs[:3])
-    alt = f"Confusion of {len(names)} classes under attack. Most often {plain(worst)}." if worst else "No confusion."
-    height = 1.2 + 0.26 * len(names)
+    most = f"most often {plain(worst)}" if worst else "the attack changes none of them"
+    alt = f"Heat map of {len(names)} classes under attack: {most}."
+    height = 0.7 + 0.26 * len(names) + 0.07 * max(len(pictures.short(name)) for name in names)
     figure = pictures.figure_of(draw, height=height, turned=True)
     caption = "Rows: the true class; columns: what it becomes. The darker, the more images; the others withstand."
     return Pictures((picture(figure, f"{key}-confusion", alt, caption, square),)), accuracies

@@ -14,6 +14,7 @@ from clat.text import plain
 
 KINDS = (".png", ".pdf", ".svg")
 WIDTH = 4.5  # inches of a picture on a page, so that it fits a phone
+LONGEST = 26  # letters of a name in a picture
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = tuple((style, colour) for style in ("-", "--", ":", "-.") for colour in SERIES)
@@ -28,6 +29,12 @@ def figure_of(draw: Draw, *, height: float, width: float = WIDTH, legend: int = 
     if turned:
         figure.axes[0].tick_params(axis="x", rotation=90)
     return figure
+
+
+def short(name: str) -> str:
+    """A name as a picture has room for it: its beginning and its end."""
+    text = plain(name)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2 - 2]}...{text[-LONGEST // 2 + 1 :]}"
 
 
 def _panels(draws: Sequence[Draw], size: tuple[float, float], *, legend: int, title: str = "", **shared: Any) -> Any:
@@ -84,7 +91,7 @@ def sweep_panel(curves: Mapping[str, Curve]) -> Draw:
             axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
             values = [100 * accuracy.value for accuracy in accuracies]
             style = {"color": colour, "marker": marker, "ms": 4.5, "lw": 1.6, "clip_on": False, "zorder": 3}
-            axis.plot(places, values, label=plain(name), **style)
+            axis.plot(places, values, label=short(name), **style)
         # Doublings lie equally far apart, and so does 0 from the first strength above it.
         axis.set_xscale("symlog", base=2, linthresh=min(place for place in places if place), linscale=0.5)
         axis.set_xticks(places, [f"{place:g}" for place in places])
@@ -149,7 +156,7 @@ def arms_panel(entries: Sequence[Mapping[str, Any]], measure: str) -> Draw:
                 low, mean, high = ([100 * values[place] for values in at] for place in range(3))
                 axis.fill_between(epochs, low, high, color=colour, alpha=0.15, lw=0)
                 style = {"color": colour, "lw": width, "ls": dash, "marker": "." if len(at) == 1 else ""}
-                axis.plot(epochs, mean, label=plain(arm) if key == measure else None, **style)
+                axis.plot(epochs, mean, label=short(arm) if key == measure else None, **style)
         axis.set_title(f"{measure}, held-out images (%)", fontsize="medium", loc="left")
         axis.set_xlabel("epoch")
 
@@ -232,8 +239,8 @@ def heat_panel(
                     axis.plot([column], [row], "o", ms=3.6, color=INK, mew=0)
         axis.set_xlim(-0.6, len(columns) - 0.4)
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_xticks(range(len(columns)), [plain(name) for name in columns])
-        axis.set_yticks(range(len(rows)), [plain(name) for name in rows])
+        axis.set_xticks(range(len(columns)), [short(name) for name in columns])
+        axis.set_yticks(range(len(rows)), [short(name) for name in rows])
         axis.tick_params(length=0, labelsize=8)
         axis.grid(visible=False)
         for side in axis.spines.values():
@@ -252,7 +259,7 @@ def pairs_panel(rows: Sequence[str], before: Sequence[float], after: Sequence[fl
         axis.plot(before, places, "o", color=SOFT, mfc="none", ms=4.5, label=names[0])
         axis.plot(after, places, "o", color=ACCENT, ms=4.5, mew=0, label=names[1])
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_yticks(places, [plain(name) for name in rows])
+        axis.set_yticks(places, [short(name) for name in rows])
         axis.tick_params(axis="y", length=0, labelsize=8)
         axis.grid(axis="y", visible=False)
         axis.set_xlim(left=0)
@@ -274,7 +281,7 @@ def forest_panel(rows: Sequence[str], differences: Sequence[Span], x: str) -> Dr
             axis.hlines(place, low, high, color=ACCENT, lw=1.8)
             axis.plot([mean], [place], "o", color=ACCENT, mfc=ACCENT if apart else "none", ms=5.5, mew=1.4)
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_yticks(range(len(rows)), [plain(name) for name in rows])
+        axis.set_yticks(range(len(rows)), [short(name) for name in rows])
         axis.tick_params(axis="y", length=0, labelsize=8)
         axis.grid(axis="y", visible=False)
         axis.spines["left"].set_visible(False)
@@ -294,14 +301,14 @@ def intervals_panel(rows: Sequence[str], series: Mapping[str, Sequence[Span | No
         apart = 0.34 / max(1, len(series) - 1)
         for number, ((name, found), colour, marker) in enumerate(zip(series.items(), SERIES, _MARKERS, strict=False)):
             shift = apart * (number - (len(series) - 1) / 2)
-            label: str | None = plain(name)
+            label: str | None = short(name)
             for place, value in enumerate(found):
                 if value is not None:
                     axis.hlines(place + shift, value[1], value[2], color=colour, lw=1.6)
                     axis.plot([value[0]], [place + shift], marker, color=colour, ms=4.8, mew=0, label=label)
                     label = None
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_yticks(range(len(rows)), [plain(name) for name in rows])
+        axis.set_yticks(range(len(rows)), [short(name) for name in rows])
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel(x)

@@ -1,5 +1,6 @@
 """The page of a run."""
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +13,9 @@ from clat.report.learning import held_out, layers, learning, steps_of
 from clat.report.reading import Told
 from clat.report.robustness import Network, accuracies, attack_words, ball, ends, sweeps, trust
 from clat.report.words import duration
+
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def run_page(run: Told, examined: Examined | None = None, *, place: int = 1) -> Page:
@@ -162,6 +166,6 @@ def card(run: Told, network: Network) -> Mapping[str, Any]:
         "library_name": "clat",
         "pipeline_tag": "image-classification",
         "tags": tags,
-        "datasets": [source],
+        **({"datasets": [source]} if HUB_NAME.fullmatch(source) else {}),
         **({"model-index": results} if results else {}),
     }
