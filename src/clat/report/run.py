@@ -14,7 +14,6 @@ from clat.report.reading import Told
 from clat.report.robustness import Network, accuracies, attack_words, ball, ends, sweeps, trust
 from clat.report.words import duration
 
-
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 

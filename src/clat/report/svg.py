@@ -87,14 +87,16 @@ def inline(figure: Any, name: str, alt: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def alone(figure: Any, name: str, alt: str) -> str:
-    """The figure as a file of its own, which follows the reader's colour scheme."""
-    root = ElementTree.fromstring(inline(figure, name, alt))
+def alone(shown: Picture) -> str:
+    """A picture as a file of its own, which follows the reader's colour scheme; ``desc`` says what it shows."""
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", XLINK)
+    root = ElementTree.fromstring(shown.svg)
     style = ElementTree.Element(f"{{{SVG}}}style")
-    style.text = f"svg{{{_names(0)}font-family:system-ui,sans-serif;stroke-linejoin:round}}text{{font-family:inherit}}"
+    style.text = f"svg{{{_names(0)}font-family:system-ui,sans-serif;stroke-linejoin:round}}"
     style.text += f"@media (prefers-color-scheme:dark){{svg{{{_names(1)}}}}}"
     description = ElementTree.Element(f"{{{SVG}}}desc")
-    description.text = alt
+    description.text = shown.alt
     root[:0] = [description, style]
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 

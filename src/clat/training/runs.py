@@ -10,7 +10,7 @@ best.safetensors       the network after the epoch with the best validation accu
 averaged.safetensors   the average of the weights after the last finished epoch, if the recipe averages
 optimizer-N.safetensors  the optimizer after epoch N, for --resume, with the network if ``last`` has it merged
 result.json            the summary, once the run is finished
-evaluations/           what clat evaluate found, a file an evaluation
+evaluations/           what clat evaluate, sweep and trust found, a file an evaluation or verdict
 .lock                  there while a process trains here
 
 Files are checked when they are read, each one and against each other: a damaged or incomplete folder is refused, with
