@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -307,3 +308,18 @@ def test_commands_say_which_command_draws_the_page(copy, monkeypatch, capsys):
         main([*command, "--json", "-"])
         assert hint not in capsys.readouterr().out
     assert len(list((copy / "clat/evaluations").glob("trust-*.json"))) == 2
+
+
+def test_the_commands_of_the_page_run(copy, monkeypatch):
+    from clat.cli import attacking
+
+    monkeypatch.setattr(attacking, "data_named", lambda *_: replace(images(), split="test"))
+    monkeypatch.chdir(copy.parent)
+    text = (ROOT / "docs/report.md").read_text()
+    commands = re.findall(r"^clat report .*", text, re.MULTILINE)
+    assert len(commands) == 4
+    for line in commands:
+        few = ["--limit", "20"] if "--data" in line else []
+        assert main([*shlex.split(line)[1:], *few]) == 0
+    assert Path("card.md").read_text().startswith("---\n")
+    assert Path("both.html").read_text().count("<article") == 2

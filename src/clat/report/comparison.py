@@ -72,12 +72,12 @@ def contrasts(found: Sequence[Verdict], key: str) -> Section | None:
     drawn = []
     for measure in dict.fromkeys(verdict.measure for verdict in found):
         own = [verdict for verdict in found if verdict.measure == measure]
-        names = [f"{each.contrast.first} against {each.contrast.second}" for each in own]
+        names = [(each.contrast.first, each.contrast.second) for each in own]
         differences = (verdict.contrast.difference for verdict in own)
         spans = [(100 * each.mean, 100 * each.low, 100 * each.high) for each in differences]
         draw = pictures.forest_panel(names, spans, f"difference in {measure} accuracy (points)")
         alt = f"Differences in {measure} accuracy. {' '.join(f'{each.contrast}.' for each in own)}"
-        figure = pictures.figure_of(draw, height=0.9 + 0.3 * len(own))
+        figure = pictures.figure_of(draw, height=0.8 + 0.42 * len(own))
         caption = f"{measure.capitalize()}: above zero the first is better. Filled: the 95 % interval leaves zero out."
         drawn.append(picture(figure, f"{key}-{measure}", alt, caption, _numbers(measure, own)))
     said = tuple(f"{verdict.measure.capitalize()}: {verdict.contrast}." for verdict in found)

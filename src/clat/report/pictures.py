@@ -267,10 +267,11 @@ def pairs_panel(rows: Sequence[str], before: Sequence[float], after: Sequence[fl
     return draw
 
 
-def forest_panel(rows: Sequence[str], differences: Sequence[Span], x: str) -> Draw:
+def forest_panel(rows: Sequence[tuple[str, str]], differences: Sequence[Span], x: str) -> Draw:
     """Differences with their intervals around zero; filled where the interval leaves zero out.
 
     Args:
+        rows: what is compared with what, one above the other
         differences: mean, low and high of each row
     """
 
@@ -281,7 +282,7 @@ def forest_panel(rows: Sequence[str], differences: Sequence[Span], x: str) -> Dr
             axis.hlines(place, low, high, color=ACCENT, lw=1.8)
             axis.plot([mean], [place], "o", color=ACCENT, mfc=ACCENT if apart else "none", ms=5.5, mew=1.4)
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_yticks(range(len(rows)), [short(name) for name in rows])
+        axis.set_yticks(range(len(rows)), [f"{short(first)}\nagainst {short(second)}" for first, second in rows])
         axis.tick_params(axis="y", length=0, labelsize=8)
         axis.grid(axis="y", visible=False)
         axis.spines["left"].set_visible(False)
