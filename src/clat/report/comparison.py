@@ -80,26 +80,35 @@ def contrasts(found: Sequence[Verdict], key: str) -> Section | None:
         figure = pictures.figure_of(draw, height=0.8 + 0.42 * len(own))
         caption = f"{measure.capitalize()}: above zero the first is better. Filled: the 95 % interval leaves zero out."
         drawn.append(picture(figure, f"{key}-{measure}", alt, caption, _numbers(measure, own)))
-    said = tuple(f"{verdict.measure.capitalize()}: {verdict.contrast}." for verdict in found)
-    return Section("Contrasts", said, (Pictures(tuple(drawn)),))
+    heading = ("measure", "first", "against", "points", "p (Holm)", "verdict")
+    answered = [(words(each.measure), *_difference(each), words(_short_verdict(each))) for each in found]
+    answers = Table("Paired differences with 95 % intervals over images and seeds", heading, tuple(answered))
+    said = Text("In words", tuple(f"{verdict.measure.capitalize()}: {verdict.contrast}." for verdict in found))
+    return Section("Contrasts", (), (Pictures(tuple(drawn)), answers, said))
+
+
+def _difference(verdict: Verdict) -> tuple[Cell, ...]:
+    contrast, found = verdict.contrast, verdict.contrast.difference
+    interval = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    points = Cell(f"{100 * found.mean:+.1f}", found.mean, interval)
+    return words(contrast.first), words(contrast.second), points, amount(contrast.p, "{:.2g}")
+
+
+def _short_verdict(verdict: Verdict) -> str:
+    contrast, found = verdict.contrast, verdict.contrast.difference
+    better = contrast.first if found.mean >= 0 else contrast.second
+    parts = [f"{better} is better" if contrast.found else "inside noise"]
+    parts += ["one seed only"] if len(found.seeds) == 1 else []
+    parts += ["the seeds scatter"] if found.scattered else []
+    return ", ".join(parts)
 
 
 def _numbers(measure: str, own: Sequence[Verdict]) -> Table:
     body = []
     for verdict in own:
-        found = verdict.contrast.difference
-        interval = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-        body.append(
-            (
-                words(verdict.contrast.first),
-                words(verdict.contrast.second),
-                Cell(f"{100 * found.mean:+.1f}", found.mean, interval),
-                amount(verdict.contrast.p, "{:.2g}"),
-                words(", ".join(map(str, verdict.seeds))),
-                words(lines_of(verdict)[1].partition(": ")[2]),
-            )
-        )
-    heading = ("first", "second", "points", "p (Holm)", "seeds", "images that only one gets right, by seed")
+        seeds, tests = ", ".join(map(str, verdict.seeds)), lines_of(verdict)[1].partition(": ")[2]
+        body.append((*_difference(verdict), words(seeds), words(tests)))
+    heading = ("first", "against", "points", "p (Holm)", "seeds", "images that only one gets right, by seed")
     return Table(f"{measure.capitalize()} accuracy", heading, tuple(body))
 
 

@@ -30,7 +30,7 @@ BATCH = 100  # images that run together
 RANKED = 100  # images that the criticality is measured on
 CLASSES = 20  # a network of more has no square picture of its confusions
 PAIRS = 10  # rows of the table of confusions
-LARGEST = 128  # pixels a side that an image is shown with at most
+LARGEST = 112  # pixels a side that an image is shown with at most
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _png(pixels: Images) -> str:
     from PIL import Image
 
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(0, -1).numpy()
-    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array[:, :, :3])
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] < 3 else array[:, :, :3])
     if max(image.size) > LARGEST:
         image.thumbnail((LARGEST, LARGEST))
     held = io.BytesIO()

@@ -97,7 +97,7 @@ def layers(run: Told, key: str, examined: Examined | None) -> Section | None:
     if not scored:
         return None
     index = _selectable(scored)
-    height = 0.8 + 0.17 * len(index)
+    height = 0.8 + (0.17 if len(index) <= pictures.DENSE else 0.12) * len(index)
     shown = [_heat(run, scored, index, height, key)]
     if examined is not None and examined.before and examined.after:
         titles, how = ("before training", "after training"), examined.how

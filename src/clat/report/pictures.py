@@ -15,6 +15,7 @@ from clat.text import plain
 KINDS = (".png", ".pdf", ".svg")
 WIDTH = 4.5  # inches of a picture on a page, so that it fits a phone
 LONGEST = 26  # letters of a name in a picture
+DENSE = 40  # rows from which on they stand closer
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = tuple((style, colour) for style in ("-", "--", ":", "-.") for colour in SERIES)
@@ -239,9 +240,10 @@ def heat_panel(
                     axis.plot([column], [row], "o", ms=3.6, color=INK, mew=0)
         axis.set_xlim(-0.6, len(columns) - 0.4)
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_xticks(range(len(columns)), [short(name) for name in columns])
+        thinned = range(0, len(columns), 1 + len(columns) // 20)
+        axis.set_xticks(thinned, [short(columns[place]) for place in thinned])
         axis.set_yticks(range(len(rows)), [short(name) for name in rows])
-        axis.tick_params(length=0, labelsize=8)
+        axis.tick_params(length=0, labelsize=8 if len(rows) <= DENSE else 6)
         axis.grid(visible=False)
         for side in axis.spines.values():
             side.set_visible(False)
@@ -260,7 +262,7 @@ def pairs_panel(rows: Sequence[str], before: Sequence[float], after: Sequence[fl
         axis.plot(after, places, "o", color=ACCENT, ms=4.5, mew=0, label=names[1])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_yticks(places, [short(name) for name in rows])
-        axis.tick_params(axis="y", length=0, labelsize=8)
+        axis.tick_params(axis="y", length=0, labelsize=8 if len(rows) <= DENSE else 6)
         axis.grid(axis="y", visible=False)
         axis.set_xlim(left=0)
 

@@ -63,12 +63,14 @@ class Told:
         return max(int(entry["trainable"]) for entry in self.metrics)
 
 
-def told(name: str, load: Load, *, base: str | None = None, checkpoint: str = "best") -> Told:
+def told(name: str, load: Load, *, base: str | None = None, checkpoint: str = "best", alone: bool = False) -> Told:
     """Reads a run folder.
 
     Args:
         load: opens a checkpoint; where it cannot, the weights are compared by what the file holds
         base: another run to show beside this one; default the one that it started from
+        checkpoint: the one that is shown first
+        alone: read no base
     Raises:
         InputError: no run folder, one whose first epoch is not done, or one that is damaged
     """
@@ -82,8 +84,8 @@ def told(name: str, load: Load, *, base: str | None = None, checkpoint: str = "b
     origin = environment.get("from")
     beside: Told | None = None
     if base is not None:
-        beside = told(base, load)
-    elif isinstance(origin, str):
+        beside = told(base, load, alone=True)
+    elif isinstance(origin, str) and not alone:
         beside = _origin(run, Path(origin), load)
     digests = {digest: each for each in ("averaged", "last", "best") if (digest := _weights(run, each, load))}
     return Told(
@@ -125,5 +127,5 @@ def _origin(run: Run, path: Path, load: Load) -> Told | None:
             began = run.start
             weights = {name: fingerprint(tensor) for name, tensor in load_tensors(file)[0].items()}
             if weights and all(began.get(name) == digest for name, digest in weights.items()):
-                return told(str(file.parent), load, checkpoint=file.stem)
+                return told(str(file.parent), load, checkpoint=file.stem, alone=True)
     return None
