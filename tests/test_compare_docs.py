@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from clat.cli.main import main
-from clat.compare.result import read_sealed
+from clat.files import read_sealed
 from test_compare_run import in_this_process
 
 PAGE = (Path(__file__).parents[1] / "docs/compare.md").read_text()

@@ -22,11 +22,11 @@ from clat.cli import unit as unit_process
 from clat.cli.main import main
 from clat.cli.shared import data_named
 from clat.compare.file import comparison
-from clat.compare.result import read_sealed
 from clat.compare.run import locked
 from clat.compare.statistics import pack, power, simulated, unpack
 from clat.compare.table import verdicts
 from clat.data.dataset import Dataset
+from clat.files import read_sealed
 from clat.training.batches import split
 from clat.training.runs import Run
 from conftest import same_tensors

@@ -1,5 +1,6 @@
 """Tables in the documents are those that ``make docs`` writes, and what the text says of keys and files holds."""
 
+import html
 import json
 import re
 import sys
@@ -38,6 +39,17 @@ def test_a_table_by_hand_is_noticed():
         assert not rows, f"{path.name}: {rows[0]}"
 
 
+def test_no_picture_is_stale_or_left_over():
+    """The numbers of each picture stand in its description; how they are drawn may differ between matplotlibs."""
+    files = {path.stem: path.read_text() for path in docs.PICTURES.glob("*.svg")}
+    assert files.keys() == docs.every_picture().keys()
+    for name, each in docs.every_picture().items():
+        described = re.search(r"<desc>(.*?)</desc>", files[name], re.DOTALL)[1]
+        assert html.unescape(described) == each.alt, "run make docs"
+        assert any(f"pictures/{name}.svg" in page.read_text() for page in docs.pages())
+        assert len(files[name]) < 40_000
+
+
 @pytest.mark.parametrize("name", ["methods", "cheaper", "verdicts", "peers", "bench", "memory", "loading", "scale"])
 def test_a_changed_result_makes_a_page_stale(name, monkeypatch):
     real = docs.results
@@ -47,6 +59,7 @@ def test_a_changed_result_makes_a_page_stale(name, monkeypatch):
         return json.loads(re.sub(r"\d(?=[,\]}])", lambda digit: str((int(digit[0]) + 1) % 10), text))
 
     monkeypatch.setattr(docs, "results", lambda wanted: (changed if wanted == name else real)(wanted))
+    monkeypatch.setattr(docs, "every_picture", docs.every_picture.__wrapped__)
     assert any(docs.renewed(path.read_text()) != path.read_text() for path in docs.pages())
 
 

@@ -16,7 +16,6 @@ from clat.checkpoint import save_checkpoint
 from clat.cli import main as cli
 from clat.cli import shared
 from clat.cli.attacking import assumed, showing
-from clat.cli.pictures import draw_curves
 from clat.cli.shared import device_named
 from clat.cli.tables import Name, apart, layer_table, status_table, sweep_table, transfer_table, trust_table
 from clat.compute import find_device, placed
@@ -25,13 +24,14 @@ from clat.evaluation.cost import pass_seconds
 from clat.evaluation.evaluate import Progress
 from clat.evaluation.fits import check_fits
 from clat.evaluation.measured import Measured
-from clat.evaluation.record import _content_digest
 from clat.evaluation.sweep import sweep
 from clat.evaluation.transfer import transfer
 from clat.evaluation.trust import trust
+from clat.files import digest_of
 from clat.layer_names import named_layers
 from clat.models import Normalized, build_model
 from clat.network import NoGradientError
+from clat.report.pictures import draw_curves
 from clat.structure import structure_digest
 from clat.training.integrity import LayerStatus
 
@@ -140,7 +140,7 @@ def only(folder):
 
 def forged(content: dict) -> str:
     """With the digest that fits, as who reads the code can make it."""
-    return json.dumps({**content, "digest": _content_digest({k: v for k, v in content.items() if k != "digest"})})
+    return json.dumps({**content, "digest": digest_of({k: v for k, v in content.items() if k != "digest"})})
 
 
 def test_a_record_edited_to_all_robust_is_not_believed(few, tmp_path):

@@ -21,6 +21,7 @@ SMALL = {
     "transfer": "--limit 20 --steps 1",
     "sweep": "--limit 20 --over_eps 0,8/255 --over_steps 1,2",
     "layers": "--batch 5 --steps 1",
+    "report": "--limit 20",
 }
 
 
@@ -46,7 +47,7 @@ def hub(tmp_path, monkeypatch):
 def test_the_commands_run_in_order(capsys):
     """Slow (20 s alone): every command of the page runs, the trust battery among them."""
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("clat ")]
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line in lines:
         _, command, *rest = shlex.split(line, comments=True)
         rest = ["rn18,width=8" if word == "rn18" else word for word in rest]

@@ -12,13 +12,13 @@ from torch import nn
 
 from clat.checkpoint import save_checkpoint
 from clat.cli import main as cli
-from clat.cli.pictures import draw_curves
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.evaluation.accuracy import Accuracy
 from clat.evaluation.measured import Identity, Measured
 from clat.evaluation.sweep import Curve, Point, sweep
 from clat.models import build_model
+from clat.report.pictures import draw_curves
 
 
 class Brightness(nn.Module):

@@ -20,10 +20,10 @@ import torch
 from clat import evaluate, load_data
 from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
-from clat.cli.tables import percent
 from clat.data.dataset import Dataset
 from clat.evaluation.accuracy import Accuracy
 from clat.files import write_text
+from clat.report.words import percent
 from clat.training.runs import Run
 
 FEATURE = ("--clat.attack", "feature")

@@ -1,4 +1,4 @@
-"""Writes the generated tables of README.md and docs/*.md between their markers: `make docs`.
+"""Writes the generated tables of README.md and docs/*.md between their markers, and docs/pictures: `make docs`.
 
 A table stands between ``<!-- made by make docs: NAME -->`` and ``<!-- end -->``, where NAME is a key of ``TABLES``. The
 tables come from results/*.json, from the recipes, from the command line's flags and from the code itself. What stands
@@ -22,18 +22,24 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 import page  # noqa: E402 (found in bench/)
 
 from clat import build_model  # noqa: E402
-from clat.cli.tables import percent  # noqa: E402
 from clat.compare.file import load_comparison  # noqa: E402
 from clat.compare.response import layers_alone  # noqa: E402
 from clat.compare.result import read_entries  # noqa: E402
 from clat.compare.table import markdown  # noqa: E402
 from clat.evaluation.accuracy import Accuracy  # noqa: E402
 from clat.evaluation.trust import CHECKS, NEEDED  # noqa: E402
+from clat.files import write_text  # noqa: E402
 from clat.layers import trace  # noqa: E402
 from clat.models import MODELS  # noqa: E402
+from clat.report import pictures  # noqa: E402
+from clat.report.blocks import Picture, Pictures, Table  # noqa: E402
+from clat.report.comparison import comparison_page, read_comparison  # noqa: E402
+from clat.report.svg import alone, picture  # noqa: E402
+from clat.report.words import percent  # noqa: E402
 from clat.training.recipe_files import summary  # noqa: E402
 
 Lines = list[str]
+PICTURES = ROOT / "docs/pictures"
 BLOCK = re.compile(r"(<!-- made by make docs: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:made by make docs: .+?|end) -->")
 
@@ -70,7 +76,23 @@ def before_and_after() -> Lines:
             share = f"{100 * after['trainable'] / rows['pgd-at']['trainable']:.0f} %"
             accuracies = [plus_minus(row[key]) for key in ("clean", "robust") for row in (base, after)]
             cells.append([f"`{name}`", *accuracies, share])
-    return table("trained with | clean | then CLAT | under PGD-20 | then CLAT | weights that CLAT trains", cells)
+    heading = "trained with | clean | then CLAT | under PGD-20 | then CLAT | weights that CLAT trains"
+    return [image("before-and-after"), "", *table(heading, cells)]
+
+
+def before_and_after_picture() -> Picture:
+    """Robust accuracy of each method alone and with CLAT on top."""
+    rows = {row["method"]: row["robust"] for row in results("methods")["rows"]}
+    names = [name for name in rows if f"{name}+clat" in rows]
+    both = {"alone": names, "then CLAT": [f"{name}+clat" for name in names]}
+    ends = ("accuracy", "low", "high")
+    series = {title: [tuple(100 * rows[name][end] for end in ends) for name in named] for title, named in both.items()}
+    values = zip(names, *series.values(), strict=True)
+    parts = (f"{name} {before[0]:.1f}, then {after[0]:.1f}" for name, before, after in values)
+    alt = f"Accuracy under PGD-20 in percent, alone and with CLAT on top: {'; '.join(parts)}"
+    draw = pictures.intervals_panel(names, series, "accuracy under PGD-20 (%), with 95 % intervals")
+    figure = pictures.figure_of(draw, width=6.5, height=4.2, legend=2)
+    return picture(figure, "before-and-after", alt, "", Table("", (), ()))
 
 
 def methods() -> Lines:
@@ -216,7 +238,34 @@ def comparison(name: str) -> Lines:
     asked = load_comparison(str(ROOT / f"comparisons/{name}.yaml"))
     entries = read_entries(ROOT / f"results/{name}.json")
     text = markdown(asked, entries, layers_alone(asked, entries))
-    return ["", *text.removeprefix("# ").rstrip("\n").split("\n"), ""]
+    shown = [line for file in comparison_pictures(name) for line in (image(file), "")]
+    return ["", *text.removeprefix("# ").rstrip("\n").split("\n"), "", *shown]
+
+
+@cache
+def comparison_pictures(name: str) -> dict[str, Picture]:
+    """The pictures of the page that ``clat report`` makes of a comparison's result, by the name of their file."""
+    page = comparison_page(*read_comparison(ROOT / f"results/{name}.json"))
+    blocks = [block for section in page.sections for block in section.blocks if isinstance(block, Pictures)]
+    found = [each for block in blocks for each in block.pictures]
+    return {f"{name}-{number}": each for number, each in enumerate(found, 1)}
+
+
+# Pictures
+
+
+def image(name: str) -> str:
+    """The line of a page that shows a picture; pages in docs/ name it from there."""
+    return f"![{every_picture()[name].alt}]({'' if name.startswith(COMPARED) else 'docs/'}pictures/{name}.svg)"
+
+
+@cache
+def every_picture() -> dict[str, Picture]:
+    """What stands in docs/pictures, by the name of the file."""
+    found = {"before-and-after": before_and_after_picture()}
+    for name in COMPARED:
+        found |= comparison_pictures(name)
+    return found
 
 
 COMPARED = ("robust-overfitting",)  # comparisons whose results are committed
@@ -274,3 +323,5 @@ if __name__ == "__main__":
         if after != before:
             path.write_text(after)
             print(f"wrote {path.relative_to(ROOT)}")
+    for name, each in every_picture().items():
+        write_text(PICTURES / f"{name}.svg", alone(each))

@@ -37,7 +37,7 @@ READING_PATH = (
 LONGEST_PATH = 1100  # lines
 
 # The signature and docstring of a command are its flags and its help, so that only the lines of its body count.
-COMMANDS = ("compare", "evaluate", "sweep", "transfer", "trust")
+COMMANDS = ("compare", "evaluate", "report", "sweep", "transfer", "trust")
 
 
 def findings(root: Path = ROOT) -> list[str]:

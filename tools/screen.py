@@ -15,9 +15,9 @@ import torch
 
 from clat import Recipe, build_model, load_data, train
 from clat.checkpoint import load_checkpoint
-from clat.cli.tables import percent
 from clat.evaluation.accuracy import Accuracy
 from clat.objectives import Clat
+from clat.report.words import percent
 from clat.training.runs import Run
 from clat.tuners import Critical
 

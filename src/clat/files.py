@@ -1,8 +1,9 @@
 """Atomic writes and safe reads."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,35 @@ def parse_yaml(text: str, where: object, what: str = "file") -> Any:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{plain(where)} is not a readable {what}: it is no valid YAML ({plain(error)}).") from error
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of values as JSON; it finds damage and careless edits, and is no signature."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON with a digest of it, atomically."""
+    lines = [f"{json.dumps(key)}: {_line(value)}" for key, value in {**content, "digest": digest_of(content)}.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Reads what ``write_sealed`` wrote. Raises InputError if it is damaged."""
+    content = parse_json(read_text(path, "result"), path, "result")
+    if not isinstance(content, dict) or content.pop("digest", None) != digest_of(content):
+        raise InputError(
+            f"{plain(path)} is damaged or was changed by hand: its content does not match its digest; put it back from "
+            "a copy, or move it away."
+        )
+    return content
+
+
+def _line(value: Any) -> str:
+    """JSON on a line, or a line for each of several blocks."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        return "[\n" + ",\n".join(json.dumps(entry) for entry in value) + "\n]"
+    return json.dumps(value)
 
 
 def _write_through(path: Path, write: Callable[[Path], object]) -> None:

@@ -61,10 +61,10 @@ def predict(model: nn.Module, x: Images) -> Tensor:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over every parameter and buffer and its name, the first 16 digits."""
-    return digest_of({name: fingerprint(tensor) for name, tensor in tensors(model).items()})[:16]
+    return digest_of_tensors({name: fingerprint(tensor) for name, tensor in tensors(model).items()})[:16]
 
 
-def digest_of(fingerprints: Mapping[str, str]) -> str:
+def digest_of_tensors(fingerprints: Mapping[str, str]) -> str:
     """SHA-256 over the names and fingerprints of tensors."""
     lines = (f"{name} {mark}\n" for name, mark in sorted(fingerprints.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

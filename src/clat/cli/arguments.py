@@ -36,6 +36,8 @@ USAGE = {
     "[--key value ...]",
     "compare": "FILE_OR_NAME --data DATA --out DIR [--scale small] [--seeds 0 1 2] [--only ARM ...] [--jobs N] "
     "[--model MODEL] [--dry-run]",
+    "report": "RUN_OR_COMPARISON [...] --out page.html|card.md [--data DATA] [--base RUN] "
+    "[--limit N] [--key value ...]",
     "list": "[--json FILE]",
     "status": "RUN [--model MODEL] [--json FILE]",
     "import": "FILE --model MODEL --out CHECKPOINT [--classes N] [--mean R,G,B --std R,G,B] [--overwrite]",

@@ -20,6 +20,7 @@ from clat.evaluation.fits import check_all_fit
 from clat.evaluation.measured import Measured
 from clat.models import normalisation_of
 from clat.text import plain
+from clat.training.runs import Run
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,15 @@ def records(network: str, out: str | None) -> Path | None:
     if out is not None:
         return Path(out)
     return checkpoint_path(network).parent / "evaluations" if os.path.exists(network) else None
+
+
+def reported(networks: Iterable[str], out: str | None) -> list[str]:
+    """What ``clat report`` takes to show records: the run that a network belongs to, or the folder of its records."""
+    found: dict[str, None] = {}
+    for network in networks:
+        if out is not None:
+            found[out] = None
+        elif os.path.exists(network):
+            folder = checkpoint_path(network).parent
+            found[str(folder if Run(folder).exists else folder / "evaluations")] = None
+    return list(found)

@@ -5,6 +5,7 @@ from clat.cli.compare import compare
 from clat.cli.evaluate import evaluate
 from clat.cli.listing import list_
 from clat.cli.networks import import_, layers
+from clat.cli.report import report
 from clat.cli.sharing import adapter_apply, adapter_save, export
 from clat.cli.sweep import sweep
 from clat.cli.training import demo, finetune, status, train
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": sweep,
     "trust": trust,
     "compare": compare,
+    "report": report,
     "list": list_,
     "status": status,
     "import": import_,

@@ -11,9 +11,8 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
-from clat.cli.pictures import draw_learning
-from clat.cli.shared import console, data_named, device_named, is_beside_the_first, network_named
-from clat.cli.tables import Name, duration
+from clat.cli.shared import console, data_named, device_named, is_beside_the_first, network_named, say_page
+from clat.cli.tables import Name
 from clat.cli.unit import PLAN
 from clat.compare.estimate import HOW, pass_times, unit_seconds
 from clat.compare.file import load_comparison
@@ -25,6 +24,8 @@ from clat.compare.unit import Unit
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.files import write_text
+from clat.report.pictures import draw_learning
+from clat.report.words import duration
 from clat.text import plain
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -171,3 +172,4 @@ def _report(progress: Progress) -> None:
     draw_learning(entries, progress.out / "curves.png")
     files = f"{plain(progress.out / RESULT)}, table.md and curves.png"
     console.print(f"Written: {files}", highlight=False)
+    say_page(console, [str(progress.out)])

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from clat.attacks import pgd_threat
 from clat.checkpoint import load_checkpoint
-from clat.cli.tables import layer_rows, layer_table, percent
+from clat.cli.tables import layer_rows, layer_table
 from clat.compare.statistics import LEVEL, Outcomes, mcnemar, pack, unpack
 from clat.criticality import layer_criticality
 from clat.data.dataset import Dataset, to_unit
@@ -22,6 +22,7 @@ from clat.evaluation.evaluate import evaluate
 from clat.files import write_text
 from clat.models import build_model
 from clat.objectives import Clat
+from clat.report.words import percent
 from clat.text import plain
 from clat.threat import Threat, attack_output
 from clat.training.recipe import Recipe

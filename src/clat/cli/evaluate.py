@@ -7,15 +7,16 @@ from rich.console import Console
 
 from clat.attacks import Tier, TierName
 from clat.attacks import tier as make_tier
-from clat.cli.attacking import network_path, opened, records, say_measured, say_read, showing, talking
-from clat.cli.shared import is_beside_the_first, write_json
-from clat.cli.tables import attack_name, duration, evaluation_table, plan
+from clat.cli.attacking import network_path, opened, records, reported, say_measured, say_read, showing, talking
+from clat.cli.shared import is_beside_the_first, say_page, write_json
+from clat.cli.tables import evaluation_table, plan
 from clat.data.labels import uneven
 from clat.evaluation.accuracy import Result, worst_case
 from clat.evaluation.cost import pass_seconds
 from clat.evaluation.evaluate import evaluate as evaluate_model
 from clat.evaluation.measured import Measured
 from clat.inputs import check_least
+from clat.report.words import attack_name, duration
 from clat.text import plain
 from clat.threat import Lp
 
@@ -111,6 +112,8 @@ def evaluate(
         write_json(json, facts)
     if tier == "quick":
         talk.print("PGD alone can overstate robustness; --tier full runs AutoAttack.", style="dim")
+    if shown := reported([network], out):
+        say_page(talk, shown)
 
 
 def _say_plan(tiers: Sequence[Tier], seconds_a_pass: float, talk: Console) -> None:

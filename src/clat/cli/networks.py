@@ -21,7 +21,7 @@ from clat.cli.shared import (
     stored_facts,
     write_json,
 )
-from clat.cli.tables import attack_name, layer_rows, layer_table
+from clat.cli.tables import layer_rows, layer_table
 from clat.criticality import Norm
 from clat.data.dataset import to_unit
 from clat.data.sources import EMBEDDED
@@ -32,6 +32,7 @@ from clat.features import At
 from clat.models import normalisation_of
 from clat.models.importing import import_weights
 from clat.network import predict
+from clat.report.words import attack_name
 from clat.text import plain
 from clat.threat import Threat, attack_output
 from clat.tuners.rankings import Attacked, rank_layers

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -194,6 +195,11 @@ def model_options(text: str) -> tuple[str, dict[str, Any]]:
 def numbers(text: str | None) -> list[float] | None:
     """The numbers in a list with commas."""
     return None if text is None else [fraction(number) for number in text.split(",")]
+
+
+def say_page(talk: Console, sources: Iterable[str]) -> None:
+    """Says which command draws a page of what was found."""
+    talk.print(plain(f"To look at: clat report {shlex.join(sources)} --out page.html"), highlight=False, soft_wrap=True)
 
 
 def write_json(path: str, content: Any) -> None:

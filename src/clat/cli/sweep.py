@@ -7,14 +7,15 @@ from typing import Any, Literal
 from rich.console import Console
 
 from clat.attacks import pgd_threat
-from clat.cli.attacking import opened, records, say_measured, say_read, showing, talking
-from clat.cli.pictures import check_picture, draw_curves
-from clat.cli.shared import is_beside_the_first, numbers, write_json
-from clat.cli.tables import attack_name, strength, sweep_table
+from clat.cli.attacking import opened, records, reported, say_measured, say_read, showing, talking
+from clat.cli.shared import is_beside_the_first, numbers, say_page, write_json
+from clat.cli.tables import sweep_table
 from clat.errors import InputError
 from clat.evaluation.measured import Measured
 from clat.evaluation.sweep import Curve, Over, threats
 from clat.evaluation.sweep import sweep as sweep_over
+from clat.report.pictures import check_picture, draw_curves
+from clat.report.words import attack_name, strength
 from clat.text import plain
 from clat.threat import Lp
 
@@ -108,6 +109,8 @@ def sweep(
     if json is not None:
         content = {over: {name: curve.to_json() for name, curve in each.items()} for over, each in curves.items()}
         write_json(json, content)
+    if shown := reported(networks, out):
+        say_page(talk, shown)
 
 
 def _warn(curves: Mapping[str, Curve], talk: Console) -> None:

@@ -13,12 +13,12 @@ from rich.text import Text
 from clat.attacks import Attack
 from clat.criticality import LayerScore
 from clat.evaluation.accuracy import Accuracy, Result
-from clat.evaluation.sweep import Curve, Point
+from clat.evaluation.sweep import Curve
 from clat.evaluation.transfer import Transfer
 from clat.evaluation.trust import Verdict
 from clat.layer_names import WRAPPER
+from clat.report.words import duration, strength
 from clat.text import plain
-from clat.threat import Threat
 from clat.training.integrity import LayerStatus
 from clat.training.runs import Run
 from clat.tuners.order import ranked
@@ -61,29 +61,6 @@ def apart(names: Sequence[str]) -> list[Name]:
         while first + last < shortest and len({part[-1 - last] for part in parts}) == 1:
             last += 1
     return [Name(plain(PurePath(*part[first : len(part) - last])) if part else ".") for part in parts]
-
-
-def percent(figure: Mapping[str, float]) -> str:
-    """An accuracy's JSON in percent with its interval, e.g. 28.3 [26.4, 30.3]."""
-    return f"{100 * figure['accuracy']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
-
-
-def attack_name(name: str, threat: Threat) -> str:
-    """An attack with its ball, e.g. PGD-20 linf eps 8/255."""
-    return f"{name} {threat.norm} eps {radius(threat.radius, threat.norm)}"
-
-
-def radius(eps: float, norm: str) -> str:
-    """The radius of a ball as it is written: 8/255 if it is a number of grey levels and the norm linf, else 0.031."""
-    grey = eps * 255
-    return f"{round(grey)}/255" if abs(grey - round(grey)) < 1e-9 and norm == "linf" and eps else f"{eps:g}"
-
-
-def duration(seconds: float) -> str:
-    """A time for a person, e.g. 40 s, 12 min or 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def plan(attacks: Sequence[Attack]) -> list[str]:
@@ -143,11 +120,6 @@ def sweep_table(curves: Mapping[str, Curve]) -> Table:
     for number, point in enumerate(first.points):
         table.add_row(strength(first, point), *(_cell(curve.points[number].accuracy) for curve in curves.values()))
     return table
-
-
-def strength(curve: Curve, point: Point) -> str:
-    """The strength at a point of the curve, e.g. 8/255 or 20."""
-    return radius(point.eps, curve.norm) if curve.over == "eps" else str(point.steps)
 
 
 def _cell(accuracy: Accuracy, style: str = "") -> Text:

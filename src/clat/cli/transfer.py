@@ -7,10 +7,11 @@ from rich.console import Console
 from clat.attacks import activation, pgd_threat, restarts
 from clat.cli.attacking import opened, say_measured, showing, talking
 from clat.cli.shared import is_beside_the_first, write_json
-from clat.cli.tables import attack_name, transfer_table
+from clat.cli.tables import transfer_table
 from clat.errors import InputError
 from clat.evaluation.transfer import Transfer
 from clat.evaluation.transfer import transfer as transfer_between
+from clat.report.words import attack_name
 from clat.text import plain
 from clat.threat import Lp
 

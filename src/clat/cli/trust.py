@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
-from clat.cli.attacking import network_path, opened, say_measured, talking
-from clat.cli.shared import is_beside_the_first, network_named, write_json
-from clat.cli.tables import attack_name, trust_table
+from clat.cli.attacking import network_path, opened, records, reported, say_measured, talking
+from clat.cli.shared import is_beside_the_first, network_named, say_page, write_json
+from clat.cli.tables import trust_table
 from clat.evaluation.trust import BATCH, BUDGET, IMAGES
 from clat.evaluation.trust import trust as trust_model
+from clat.evaluation.trust.record import write_verdict
+from clat.report.words import attack_name
 from clat.text import plain
 from clat.threat import Lp, Threat
 from clat.training.runs import Run
@@ -29,6 +31,7 @@ def trust(
     batch_size: int = BATCH,
     device: str | None = None,
     verbose: bool = False,
+    out: str | None = None,
     json: str | None = None,
 ) -> int:
     """Looks for signs that a network's robustness is overstated or its evaluation broken; exit code 1 if there are any.
@@ -51,6 +54,7 @@ def trust(
         batch_size: images that run together; lower it if the device's memory does not suffice
         device: cpu, cuda, cuda:1 or mps; default the fastest kind of device here
         verbose: print each check's threshold and where it comes from
+        out: folder that keeps the verdict's record; default evaluations beside the checkpoint
         json: write verdict and findings to this file, or to standard output if it is -
     """
     if is_beside_the_first():
@@ -78,6 +82,9 @@ def trust(
     say_measured(talk, verdict.measured, found.data, found.models)
     title = f"{network} on {verdict.clean.n} images of {data}, {ball}"
     talk.print(trust_table(verdict, title, thresholds=verbose), highlight=False)
+    if (folder := records(network, out)) is not None:
+        write_verdict(folder, verdict)
+        say_page(talk, reported([network], out))
     if json is not None:
         write_json(json, {"network": network_path(network), "base": base, **verdict.to_json()})
     return 0 if verdict.ok else 1

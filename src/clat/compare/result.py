@@ -1,7 +1,5 @@
 """A comparison's result.json: every finished unit's entry, and what another machine needs to continue from it."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,28 +8,11 @@ from typing import Any
 from clat.compare.plan import Comparison
 from clat.compare.statistics import unpack
 from clat.errors import InputError
-from clat.files import parse_json, read_text, write_text
+from clat.files import read_sealed, write_sealed
 from clat.text import plain
 
 Entry = dict[str, Any]
 FORM = 1  # of result.json; one of another form is not read
-
-
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON with a digest of it, atomically."""
-    lines = [f"{json.dumps(key)}: {_line(value)}" for key, value in {**content, "digest": _digest(content)}.items()]
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what ``write_sealed`` wrote. Raises InputError if it is damaged."""
-    content = parse_json(read_text(path, "result"), path, "result")
-    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
-        raise InputError(
-            f"{plain(path)} is damaged or was changed by hand: its content does not match its digest; put it back from "
-            "a copy, or move it away."
-        )
-    return content
 
 
 def write_result(path: Path, comparison: Comparison, entries: Iterable[Entry], found: Mapping[str, Any]) -> None:
@@ -88,14 +69,3 @@ def _check(entry: Entry) -> None:
 def _require(holds: bool, what: str) -> None:
     if not holds:
         raise ValueError(f"{what} is damaged")
-
-
-def _line(value: Any) -> str:
-    """JSON on a line, or a line for each of several blocks."""
-    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-        return "[\n" + ",\n".join(json.dumps(entry) for entry in value) + "\n]"
-    return json.dumps(value)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -18,12 +18,12 @@ from clat.checkpoint import load_header, load_tensors
 from clat.compare.images import DRAWN_BY, Load, measured_on
 from clat.compare.plan import Arm, Comparison, Evaluation
 from clat.compare.recipes import differing, resolved
-from clat.compare.result import Entry, write_sealed
+from clat.compare.result import Entry
 from clat.compare.statistics import pack
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.evaluation.evaluate import evaluate
-from clat.files import write_text
+from clat.files import write_sealed, write_text
 from clat.network import fingerprint, tensors
 from clat.text import plain
 from clat.training.runs import Run

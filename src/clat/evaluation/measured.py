@@ -1,8 +1,8 @@
 """How a figure was measured: part of every result and of a record's identity, printed the same way everywhere."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -91,6 +91,16 @@ class Measured:
             device=torch.device(device).type,
             versions={"clat": version("torch-clat"), "torch": torch.__version__},
         )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Measured":
+        """The reverse of ``to_json``, after a file. Raises TypeError or ValueError if it says something else."""
+        found = cls(**{**content, "networks": tuple(Identity(**network) for network in content["networks"])})
+        words = (found.data, found.split, found.precision, found.device, *(n.weights for n in found.networks))
+        counts = (found.images, found.seed, found.batch_size)
+        if not all(isinstance(word, str) for word in words) or not all(type(count) is int for count in counts):
+            raise ValueError("words and counts are of another type")
+        return replace(found, versions={str(name): str(number) for name, number in found.versions.items()})
 
     def __str__(self) -> str:
         layouts = ", ".join(dict.fromkeys(network.layout for network in self.networks))

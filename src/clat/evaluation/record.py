@@ -14,8 +14,10 @@ from clat.attacks import Attack
 from clat.errors import InputError
 from clat.evaluation.accuracy import Accuracy, AttackResult, Balanced, Result
 from clat.evaluation.measured import Measured
-from clat.files import parse_json, read_text, write_text
+from clat.files import digest_of, parse_json, read_text, write_text
 from clat.text import plain
+
+ADVICE = "remove it, or keep records in another folder (--out)"
 
 
 @dataclass
@@ -53,34 +55,29 @@ class _State:
         """What identifies the record: everything that determines the result."""
         return {"measured": self.measured.to_json(), **self.ball, "attacks": self.attacks}
 
+    @property
+    def finished(self) -> bool:
+        return self.done[-1] == sum(outcome in (0, len(self.done)) for outcome in self.outcomes)
+
     def _take_over(self, record: Path) -> None:
         """Continues from a record. Raises InputError if it is damaged or belongs to another evaluation."""
-        advice = "remove it, or keep records in another folder (--out)"
-        try:
-            content = parse_json(read_text(record), record)
-        except InputError as error:
-            raise InputError(f"{plain(record)} is not the record of an evaluation; {advice}.") from error
-        if not isinstance(content, dict) or not isinstance(content.get("state"), dict) or "digest" not in content:
-            raise InputError(f"{plain(record)} is not the record of an evaluation; {advice}.")
-        if content.pop("digest") != _content_digest(content):
-            raise InputError(f"{plain(record)} was changed after clat wrote it: its digest does not match; {advice}.")
+        content = _content(record)
         read = content["state"]
         same = _json(self.identity) == read.get("identity")
         if not same or not _consistent(read, self.measured.images, len(self.attacks)):
-            raise InputError(f"{plain(record)} is not a valid record of this evaluation; {advice}.")
+            raise InputError(f"{plain(record)} is not a valid record of this evaluation; {ADVICE}.")
         self.outcomes, self.done, self.seconds = read["outcomes"], read["done"], read["seconds"]
-        done, total = self.done[-1], sum(outcome in (0, len(self.done)) for outcome in self.outcomes)
         self.from_record = (
             f"read from the record {plain(record)}; nothing was attacked again"
-            if done == total
+            if self.finished
             else f"continued from the record {plain(record)}, with {sum(self.done):,} attacked images"
         )
 
     def write(self) -> None:
         if self.record is not None:
-            state = {key: getattr(self, key) for key in ("identity", "outcomes", "done", "seconds")}
+            state = {key: getattr(self, key) for key in ("identity", "labels", "outcomes", "done", "seconds")}
             content = {"state": state, "result": self.result().to_json()}
-            write_text(self.record, json.dumps({**content, "digest": _content_digest(content)}) + "\n")
+            write_text(self.record, json.dumps({**content, "digest": digest_of(content)}) + "\n")
 
     def result(self) -> Result:
         n = len(self.outcomes)
@@ -113,13 +110,46 @@ class _State:
         )
 
 
+def read_record(path: Path) -> tuple[Result, bool]:
+    """The result in a record, and whether its evaluation was finished.
+
+    Raises:
+        InputError: no record of an evaluation, or one that is damaged or impossible
+    """
+    content = _content(path)
+    try:
+        read, identity = content["state"], content["state"]["identity"]
+        measured, attacks = Measured.from_json(identity["measured"]), identity["attacks"]
+        state = _State(
+            path, measured, {key: identity[key] for key in ("eps", "norm")}, attacks, read["labels"], [], [], []
+        )
+        valid = _json(state.identity) == identity and _consistent(read, measured.images, len(attacks))
+        valid = valid and len(state.labels) == measured.images and all(type(label) is int for label in state.labels)
+        words = (state.ball["norm"], *(attack["name"] for attack in attacks))
+        if not valid or type(state.ball["eps"]) is not float or not all(isinstance(word, str) for word in words):
+            raise ValueError
+        state.outcomes, state.done, state.seconds = read["outcomes"], read["done"], read["seconds"]
+        return state.result(), state.finished
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{plain(path)} is not a valid record of an evaluation; {ADVICE}.") from error
+
+
+def _content(record: Path) -> dict[str, Any]:
+    """What a record holds, without its digest. Raises InputError if it is none, or was changed."""
+    try:
+        content = parse_json(read_text(record), record)
+    except InputError as error:
+        raise InputError(f"{plain(record)} is not the record of an evaluation; {ADVICE}.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state"), dict) or "digest" not in content:
+        raise InputError(f"{plain(record)} is not the record of an evaluation; {ADVICE}.")
+    if content.pop("digest") != digest_of(content):
+        raise InputError(f"{plain(record)} was changed after clat wrote it: its digest does not match; {ADVICE}.")
+    return content
+
+
 def _json(value: Any) -> Any:
     """The value as it comes back from JSON."""
     return json.loads(json.dumps(value))
-
-
-def _content_digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _consistent(read: dict[str, Any], n: int, attacks: int) -> bool:

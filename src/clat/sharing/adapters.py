@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clat.checkpoint import checkpoint_path, load_tensors, save_tensors
 from clat.errors import InputError
-from clat.network import State, digest_of, fingerprint, same_bits, tensors
+from clat.network import State, digest_of_tensors, fingerprint, same_bits, tensors
 from clat.text import plain
 from clat.training.runs import Run
 
@@ -50,7 +50,7 @@ def save_adapter(run: Path | str, out: Path | str) -> Adapter:
     # A tensor with two names is recorded under the first. Under the second it is always stored.
     changed = {name: tensor for name, tensor in state.items() if fingerprint(tensor) != start.get(name)}
     about = {
-        "base": digest_of({name: start[name] for name in state if name in start}),
+        "base": digest_of_tensors({name: start[name] for name in state if name in start}),
         "tied": [name for name in state if name not in start],
         "recipe": folder.recipe,
         "selections": [
@@ -89,7 +89,7 @@ def applied(base: State, adapter: Adapter, name: object = "This network") -> Sta
         InputError: another base
     """
     about = adapter.facts["adapter"]
-    if digest_of({key: fingerprint(base[key]) for key in base.keys() - set(about["tied"])}) != about["base"]:
+    if digest_of_tensors({key: fingerprint(base[key]) for key in base.keys() - set(about["tied"])}) != about["base"]:
         raise InputError(
             f"{plain(name)} is not the base of this adapter: its weights, or their names, are not those that the run "
             "began with; give the run's own base, and the --model that the run was given, if any."

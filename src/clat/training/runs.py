@@ -11,7 +11,7 @@ averaged.safetensors   the average of the weights after the last finished epoch,
 optimizer-N.safetensors  the optimizer after epoch N, for --resume, with the network if ``last`` has it merged
 result.json            the summary, once the run is finished
 tensorboard/           what a run with --tracker tensorboard told it
-evaluations/           what clat evaluate found, a file an evaluation
+evaluations/           what clat evaluate, sweep and trust found, a file an evaluation or verdict
 .lock                  there while a process trains here
 
 Files are checked when they are read, each one and against each other: a damaged or incomplete folder is refused, with
