@@ -1,4 +1,4 @@
-"""Robust overfitting and CLAT on embedded data, small enough for two cores and six minutes."""
+"""PGD-AT and CLAT on few embedded images, small enough for two cores and six minutes."""
 
 import json
 from dataclasses import replace

@@ -31,7 +31,7 @@ from clat.training.train import train as train_model
 
 
 def demo(out: str = "clat-demo", resume: bool = False, overwrite: bool = False) -> None:
-    """Everything on embedded data: pre-train until it overfits, find critical layers, go on with PGD-AT and CLAT.
+    """Everything on few embedded images: pre-train, find critical layers, go on with PGD-AT and with CLAT.
 
     Args:
         out: folder for the run folders and the table
