@@ -77,7 +77,7 @@ def pairs(tmp_path_factory) -> dict[str, tuple[list[int], str, Path]]:
     cases = [("train_all", [str(places["trained"])], said["trained"], False, free_port())]
     cases += [("train_until", [str(places[how]), how], said[how], how == "hangs", free_port()) for how in ENDS]
     script = PAIRS.format(here=str(HERE), cases=cases)
-    done = subprocess.run([sys.executable, "-c", script], env=QUIET, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, "-c", script], env=QUIET, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     ends = json.loads(done.stdout.splitlines()[-1])
     return {name: (end, Path(said[name]).read_text(), places[name]) for name, end in zip(places, ends, strict=True)}
