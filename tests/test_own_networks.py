@@ -252,7 +252,7 @@ def test_pretrained_weights_of_timm_are_read_from_safetensors(tmp_path, monkeypa
         build_model("timm/resnet10t", 3, pretrained=True)
 
 
-def test_pretrained_weights_of_torchvision(monkeypatch, colours):
+def test_pretrained_weights_of_torchvision(monkeypatch, colours, tmp_path):
     from torchvision import models
     from torchvision.models._api import WeightsEnum
 
@@ -276,7 +276,10 @@ def test_pretrained_weights_of_torchvision(monkeypatch, colours):
     assert "(tench, goldfish, great white shark, ...)" in kept.notes[0]
     assert torch.equal(kept.network.classifier[1].weight, made["squeezenet1_1"].classifier[1].weight)
     # GoogLeNet's weights take pixels in [-1, 1], which it makes itself of those that are normalised for ImageNet.
-    assert build_model("torchvision/googlenet", 3, pretrained=True, init_weights=False).network.transform_input
+    googlenet = build_model("torchvision/googlenet", 3, pretrained=True, init_weights=False)
+    save_checkpoint(tmp_path / "net.safetensors", googlenet)
+    assert googlenet.network.transform_input
+    assert load_checkpoint(tmp_path / "net.safetensors")[0].network.transform_input
     other = {**made["squeezenet1_1"].state_dict(), "features.0.weight": torch.zeros(64, 3, 5, 5)}
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda weights, **keys: other)
     with pytest.raises(InputError, match="do not fit these options"):

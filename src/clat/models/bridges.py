@@ -85,6 +85,8 @@ def from_torchvision(name: str, classes: int, channels: int, options: dict[str, 
     if channels != 3:
         raise InputError(f"Networks of torchvision take images with 3 channels; these have {channels}.")
     pretrained = options.pop("pretrained", False)
+    if pretrained and name in ("googlenet", "inception_v3"):
+        options["transform_input"] = True  # their weights take the pixels in [-1, 1], which the network itself makes
 
     def make(count: int) -> nn.Module:
         return models.get_model(name, weights=None, num_classes=count, **options)
@@ -96,8 +98,6 @@ def from_torchvision(name: str, classes: int, channels: int, options: dict[str, 
     with reaching("The server of torchvision's weights", f"torchvision/{name}"):
         state = trained.get_state_dict(progress=False, check_hash=True, weights_only=True)
     load_but_head(network, state, names_in_head(make, classes), f"torchvision/{name}")
-    if isinstance(network, (models.GoogLeNet, models.Inception3)):
-        network.transform_input = True  # these weights take the pixels in [-1, 1], which the network itself makes
     categories = trained.meta["categories"]
     head = head_in_words(f"torchvision/{name}", len(categories), classes, categories)
     return Bridged(network, lambda: of_torchvision(trained), head, len(categories) != classes, options)

@@ -102,7 +102,11 @@ TIMM_OPTIONS: dict[str, Option] = {
     "global_pool": word("avg", "max", "avgmax", "catavgmax", "token", "map", "fast", ""),
 }
 TRANSFORMERS_OPTIONS = {"config": Option("the configuration of an image classifier of transformers", harmless)}
-TORCHVISION_OPTIONS: dict[str, Option] = {"dropout": _SHARE, "stochastic_depth_prob": _SHARE, "image_size": _SIZE}
+TORCHVISION_OPTIONS: dict[str, Option] = {
+    **dict.fromkeys(("dropout", "stochastic_depth_prob"), _SHARE),
+    "image_size": _SIZE,
+    **dict.fromkeys(("transform_input", "init_weights"), FLAG),
+}
 
 
 def recorded(spec: Mapping[str, Any]) -> dict[str, Any]:
