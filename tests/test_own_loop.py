@@ -91,7 +91,7 @@ def test_the_check_suggests_eval_where_a_pass_of_ones_own_moved_a_buffer(plain, 
         (lambda m, x, y: CLAT(m).load_state_dict({"seed": 0, "selections": 1, "selection": {"layers": 3}}), "no state"),
         (lambda m, x, y: CLAT(m).load_state_dict([1]), "no state"),
         (lambda m, x, y: CLAT(DistributedDataParallel.__new__(DistributedDataParallel)), "bare network"),
-        (lambda m, x, y: CLAT(nn.Flatten()).select(x, y), "no layer"),
+        (lambda m, x, y: CLAT(nn.Flatten()).select(x, y), "nothing to train"),
     ],
 )
 def test_bad_input_is_refused(plain, images, call, says):

@@ -16,9 +16,9 @@ from clat.layers import find_layers
 from clat.network import class_scores, logits, snapshot
 from clat.objectives import Clat, PgdAt
 from clat.threat import Threat
-from clat.training.loop import train
-from clat.training.method import CLAT
+from clat.training.own_loop import CLAT
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from clat.tuners import Critical, Whole
 
 RECIPE = {"epochs": 2, "batch_size": 40, "holdout": 40, "validation_steps": 1, "health": False, "precision": "fp32"}

@@ -30,9 +30,9 @@ from clat.report.records import records_in
 from clat.report.run import run_page
 from clat.report.source import page_of
 from clat.threat import Threat
-from clat.training.loop import train
 from clat.training.recipe import Recipe
 from clat.training.runs import Run
+from clat.training.train import train
 from clat.tuners import Critical
 
 ROOT = Path(__file__).parents[1]

@@ -26,8 +26,8 @@ from clat.report.examples import examine
 from clat.report.page import markdown, write_page
 from clat.report.source import page_of
 from clat.threat import Threat
-from clat.training.loop import train
 from clat.training.recipe import Recipe
+from clat.training.train import train
 from clat.tuners import Critical
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install '.[dev]' brings playwright")

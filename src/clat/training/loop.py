@@ -108,9 +108,7 @@ def _epoch(
         set_rate(optimizer, recipe, job.rate(epoch, step))
         for _ in range(method.objective.replays):
             x_adv = job.attack(batch)  # line 13
-            losses.add(
-                method.update(optimizer, x, x_adv, job.learned(y), share=processes.average_gradients, **more)
-            )  # lines 14 and 15
+            losses.add(method.update(optimizer, x, x_adv, job.learned(y), **more))  # lines 14 and 15
         job.averaged.take(epoch, last=last)
         if step == 0:
             first_batch = x, y
