@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clat.data.loading import load_data
 from clat.training.batches import run_images
-from clat.training.method import Method
+from clat.training.own_loop import OwnLoop
 from clat.training.optimizer import make_optimizer
 from clat.training.processes import started
 from clat.training.recipe import Recipe
@@ -32,7 +32,7 @@ def waiting(
         data = load_data(folder, size=size, stream=True)
         recipe = Recipe(batch_size=batch, holdout=batch, augment="resized-crop")
         images = run_images(recipe, data, started(device), workers)
-        method = Method(network(name, device), training.objective, training.tuner, training.threat)
+        method = OwnLoop(network(name, device), training.objective, training.tuner, training.threat)
         method.select(*images.for_selection(1, training.tuner.batch)[0])
         optimizer = make_optimizer(recipe, method.model)
         waited, seconds, batches, start = [], [], images.batches(1), time.perf_counter()
