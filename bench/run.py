@@ -1,4 +1,6 @@
-"""Speed, memory, loading and traffic; writes results/{bench,memory,loading,scale}.json for `make docs`.
+"""Speed, memory, loading and traffic, for the tables that `make docs` writes.
+
+It writes results/bench.json, results/memory.json, results/loading.json and results/scale.json.
 
     python bench/run.py            every part, about 30 minutes on two cores; leave the machine alone meanwhile
     python bench/run.py memory     only what a step keeps in memory, which a busy machine does not disturb

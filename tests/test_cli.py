@@ -217,7 +217,10 @@ def pickled(path):
         (["train", "UNKNOWN.yaml", "--model", "rn18", *DATA, "--out", "OUT"], "lamda"),
         (["train", "pgd-at", "--model", "rn18", *DATA, "--out", "OUT", "--scale", "tiny"], "no recipe 'scale/tiny'"),
         (["train", "pgd-at", "--model", "rn18", *DATA, "--out", "OUT", "--images", "0"], "1 or more"),
-        (["finetune", "clat", "--from", "nowhere", *DATA, "--out", "OUT"], "no checkpoint or run folder at nowhere"),
+        (
+            ["finetune", "clat", "--from", "nowhere", *DATA, "--out", "OUT"],
+            "There is no model 'nowhere', and no checkpoint or run folder there",
+        ),
         (
             ["finetune", "clat", "--from", "CHECKPOINT", *DATA, "--out", "OUT", "--critical.k", "99", *TINY],
             "from 1 to 17",

@@ -40,7 +40,7 @@ def test_list_names_what_comes_with_clat(capsys):
         (["train", "clat", "--label_s"], ["--label-smoothing"]),
         (["train", "clat", "--schedule", "c"], ["cosine", "constant", "cyclic"]),
         (["train", "clat", "--decay", ""], ["all", "no_norm", "kernels"]),
-        (["train", "clat", "--resume", "--re"], []),  # given already
+        (["train", "clat", "--resume", "--re"], ["--recompute"]),  # resume is given already
         (["evaluate", "run", "--tier", "s"], ["standard"]),
         (["evaluate", ""], []),  # a file
         (["train", "clat", "--out", "c"], []),

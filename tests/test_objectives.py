@@ -181,7 +181,7 @@ def test_no_selection_is_refused(plain, images):
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(InputError, match="lambda"):
+    with pytest.raises(InputError, match=r"clat\.weight is -1\.0"):
         Clat(weight=-1)
 
 

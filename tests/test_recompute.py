@@ -11,7 +11,7 @@ from clat.errors import InputError
 from clat.network import same_bits, tensors
 from clat.objectives import Clat, Clean, FreeAt, GradAlign, Mart, PgdAt, Trades
 from clat.threat import Threat
-from clat.training.method import Method
+from clat.training.own_loop import OwnLoop
 from clat.training.recompute import blocks_of
 from clat.tuners import ConvLora, Critical, Whole
 from conftest import network
@@ -58,7 +58,7 @@ def test_the_numbers_are_the_same(keys, blobs, tmp_path):
 def kept(model: nn.Module, recompute: bool) -> int:
     """Bytes that autograd keeps of the training pass of a batch."""
     x, y, sizes = torch.rand(4, 3, 32, 32), torch.arange(4) % 3, []
-    method = Method(model, PgdAt(), Whole(), Threat(steps=1), recompute=recompute)
+    method = OwnLoop(model, PgdAt(), Whole(), Threat(steps=1), recompute=recompute)
     method.select(x, y)
 
     def pack(tensor):
@@ -89,6 +89,6 @@ def test_blocks_are_found_in_usual_networks_and_keep_less(name, blocks, share):
 
 def test_what_cannot_be_recomputed_is_refused(plain):
     with pytest.raises(InputError, match="Plain is no sequence of blocks"):
-        Method(plain, PgdAt(), Whole(), Threat(), recompute=True)
+        OwnLoop(plain, PgdAt(), Whole(), Threat(), recompute=True)
     with pytest.raises(InputError, match="recompute works without compile"):
         Recipe(recompute=True, compile=True)

@@ -424,7 +424,7 @@ def test_the_command(factory, code, undefended, test_images, tmp_path, monkeypat
     assert verdict["ok"] is (code == 0)
     assert "Verdict: " + verdict["text"] in " ".join(printed.split())
     assert all(check.id in printed for check in CHECKS)
-    assert all(len(line) <= 120 for line in printed.splitlines())
+    assert all(len(line) <= 120 for line in printed.splitlines() if "clat report" not in line)  # a command to copy
     assert [found["check"] for found in verdict["findings"]] == [check.id for check in CHECKS]
 
 

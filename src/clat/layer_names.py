@@ -38,14 +38,11 @@ def allowed(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]
     """The layers that may be selected: those that a pattern of ``include`` matches, or all, without ``exclude``'s.
 
     Raises:
-        InputError: a pattern that matches no layer, or none is left
+        InputError: a pattern that matches no layer
     """
     every = set(names)
     left = matching(include, every, "critical.include") if include else every
-    left = left - matching(exclude, every, "critical.exclude")
-    if not left:
-        raise InputError("critical.include and critical.exclude leave no layer to select; widen one of them.")
-    return left
+    return left - matching(exclude, every, "critical.exclude")
 
 
 def matching(patterns: Sequence[str], names: Iterable[str], key: str) -> set[str]:

@@ -122,8 +122,10 @@ class Critical(Tuner):
     def _top(self, model: nn.Module, scores: list[LayerScore], seed: int) -> list[str]:
         """The first k layers of the ranking."""
         left = allowed((score.name for score in scores), self.include, self.exclude)
-        highest = (score.name for score in ranked(scores, head=self.head) if score.name in left)
-        names = selectable(model, dict.fromkeys(highest))
+        highest = dict.fromkeys(score.name for score in ranked(scores, head=self.head) if score.name in left)
+        if not highest:
+            raise InputError("critical.include and critical.exclude leave no layer to select; widen one of them.")
+        names = selectable(model, highest)
         if self.ranking == "random":
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
             names = [names[i] for i in order]
