@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clat.data.loading import load_data
 from clat.training.batches import run_images
-from clat.training.own_loop import OwnLoop
 from clat.training.optimizer import make_optimizer
+from clat.training.own_loop import OwnLoop
 from clat.training.processes import started
 from clat.training.recipe import Recipe
 
