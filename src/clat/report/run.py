@@ -98,7 +98,7 @@ def cost(run: Told) -> Section:
                     number(memory / 2**20, "{:,.0f}"),
                 )
             )
-    heading = "run | parameters | train | epochs | training | seconds an epoch | validation | peak memory MiB"
+    heading = "run | parameters | train | epochs | training | s an epoch | validation | peak MiB"
     said = "Time and memory are those of the machine that trained; on a CPU, memory is that of the whole process."
     return Section("Cost", (said,), (table("What training took", heading, rows),))
 
