@@ -1,6 +1,5 @@
 """A run folder with all that was measured on its checkpoints, and the run that it started from."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from torch import nn
 
 from clat.checkpoint import load_tensors
 from clat.errors import InputError
-from clat.network import fingerprint, weights_digest
+from clat.network import digest_of_tensors, fingerprint, weights_digest
 from clat.report.records import Records, records_in
 from clat.text import plain
 from clat.training.runs import Run
@@ -113,10 +112,7 @@ def _weights(run: Run, checkpoint: str, load: Load) -> str:
     try:
         return weights_digest(load(path))
     except InputError:  # a network that a file may not choose
-        digest = hashlib.sha256()
-        for name, tensor in sorted(load_tensors(path)[0].items()):
-            digest.update(f"{name} {fingerprint(tensor)}\n".encode())
-        return digest.hexdigest()[:16]
+        return digest_of_tensors({name: fingerprint(tensor) for name, tensor in load_tensors(path)[0].items()})[:16]
 
 
 def _origin(run: Run, path: Path, load: Load) -> Told | None:

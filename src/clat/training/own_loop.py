@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clat.compute import Precision
 from clat.criticality import LayerScore
 from clat.errors import InputError
 from clat.features import observe
 from clat.inputs import annotations, fit, fraction, nearest, shown
 from clat.network import Images, Labels, check_images, held, whole_labels
-from clat.objectives import Clat
+from clat.objectives import Clat, Objective
 from clat.threat import Threat
 from clat.training.integrity import LayerStatus, status
 from clat.training.method import Method
-from clat.tuners import Critical, Selection
+from clat.tuners import Critical, Selection, Tuner
 from clat.tuners.base import Batch
 
 
@@ -27,18 +28,28 @@ class OwnLoop(Method):
     Batches are checked before they are used. ``CLAT``, which is this with the paper's method, shows how a loop goes.
 
     Args:
-        method, options: objective, tuner and threat, seed and precision, as ``Method`` takes them
+        model, objective, tuner, threat, seed, precision, recompute: as for ``Method``
     Raises:
         InputError: no network, or a wrapper around one
     """
 
-    def __init__(self, model: nn.Module, *method: Any, **options: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        tuner: Tuner,
+        threat: Threat,
+        *,
+        seed: int = 0,
+        precision: Precision = "fp32",
+        recompute: bool = False,
+    ):
         if isinstance(model, DistributedDataParallel):
             raise InputError(
                 "Give the bare network, select, then wrap it and pass the wrapper to loss as through=: one that was "
                 "made before the selection does not average the right gradients."
             )
-        super().__init__(model, *method, **options)
+        super().__init__(model, objective, tuner, threat, seed=seed, precision=precision, recompute=recompute)
         self.selections = 0
         self._classes: int | None = None  # of the network's outputs, once it has run
         self._through: tuple[nn.Module | None, int] = (None, 0)  # the last wrapper, and the selection it was made under
