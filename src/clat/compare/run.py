@@ -15,9 +15,9 @@ from clat.compare.images import Load, measured_on
 from clat.compare.plan import Comparison
 from clat.compare.result import Entry, read_entries, write_result
 from clat.compare.table import findings
-from clat.compare.unit import STARTS, Unit, check_folder, digest, fingerprints, identity, matches
+from clat.compare.unit import STARTS, Unit, check_folder, fingerprints, identity, matches
 from clat.errors import InputError
-from clat.files import read_text, write_text
+from clat.files import digest_of, read_text, write_text
 from clat.text import plain
 from clat.training.claims import take_lock
 
@@ -97,7 +97,7 @@ class Progress:
             for checkpoint, weights in entry["weights"].items()
         }
         for path in sorted((self.out / STARTS).glob("*")):
-            if path.suffix != ".safetensors" or known.get(path.stem) != digest(fingerprints(path)):
+            if path.suffix != ".safetensors" or known.get(path.stem) != digest_of(fingerprints(path)):
                 raise InputError(
                     f"{plain(path)} is no checkpoint that {RESULT} names, such as base-0-best.safetensors with the "
                     "weights of that unit; remove it, or bring the result that it belongs to."

@@ -1,7 +1,5 @@
 """One unit of a comparison, an arm with a seed: its run folder, its evaluations, and its entry in the result."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from clat.compare.statistics import pack
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.evaluation.evaluate import evaluate
-from clat.files import write_sealed, write_text
+from clat.files import digest_of, write_sealed, write_text
 from clat.network import fingerprint, tensors
 from clat.text import plain
 from clat.training.runs import Run
@@ -136,11 +134,6 @@ def fingerprints(source: Path | nn.Module) -> dict[str, str]:
     return {name: fingerprint(tensor) for name, tensor in named.items()}
 
 
-def digest(prints: Mapping[str, str]) -> str:
-    """One digest of a network's fingerprints."""
-    return hashlib.sha256(json.dumps(dict(sorted(prints.items()))).encode()).hexdigest()
-
-
 def finish(
     unit: Unit, comparison: Comparison, load: Load, open_checkpoint: Any, *, device: torch.device | str | None = None
 ) -> dict[str, Any]:
@@ -218,8 +211,8 @@ def _facts(unit: Unit) -> dict[str, Any]:
         "model": unit.arm.model,
         "data": environment["data"],
         "from": None if unit.arm.start is None else f"{unit.arm.start}/{unit.arm.checkpoint}",
-        "start": digest({name: began[name] for name in names if name in began}),
-        "weights": {name: digest(fingerprints(unit.checkpoint(name))) for name in there},
+        "start": digest_of({name: began[name] for name in names if name in began}),
+        "weights": {name: digest_of(fingerprints(unit.checkpoint(name))) for name in there},
         "epochs": result["epochs"],
         "best": {key: result["best"][key] for key in ("epoch", "clean", "robust")},
         "trainable": result["trainable"],

@@ -87,6 +87,7 @@ def told(name: str, load: Load, *, base: str | None = None, checkpoint: str = "b
     elif isinstance(origin, str) and not alone:
         beside = _origin(run, Path(origin), load)
     digests = {digest: each for each in ("averaged", "last", "best") if (digest := _weights(run, each, load))}
+    kept = run.folder / "evaluations"
     return Told(
         run=run,
         name=name,
@@ -95,13 +96,9 @@ def told(name: str, load: Load, *, base: str | None = None, checkpoint: str = "b
         selections=selections,
         recipe=recipe,
         environment=environment,
-        records=records_in([run.folder / "evaluations"], digests) if _has_records(run) else Records(),
+        records=records_in([kept], digests) if kept.is_dir() else Records(),
         base=beside,
     )
-
-
-def _has_records(run: Run) -> bool:
-    return (run.folder / "evaluations").is_dir()
 
 
 def _weights(run: Run, checkpoint: str, load: Load) -> str:
