@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from clat.checkpoint import load_checkpoint, load_tensors
 from clat.cli.main import main
@@ -12,6 +13,7 @@ from clat.network import same_bits, snapshot
 from clat.threat import Threat
 from clat.training import saving
 from clat.training.averaging import Average, Averaged
+from clat.training.batches import split
 from clat.training.recipe import Recipe
 from clat.training.train import train
 from conftest import Plain, dies_before, network, same_tensors
@@ -132,3 +134,21 @@ def test_before_the_start_and_without_averaging_there_is_no_average_to_keep(blob
         run = train(recipe, Plain(), blobs, out=tmp_path / name)
         assert run.last.exists()
         assert not run.averaged.exists()
+
+
+def test_training_images_are_measured_as_the_held_out_ones_are(blobs, tmp_path):
+    run = train(replace(RECIPE, train_sample=40), network(), blobs, out=tmp_path / "run")
+    training, held = split(len(blobs), RECIPE.holdout, RECIPE.holdout_seed, None)
+    sample = torch.randperm(len(training), generator=torch.Generator().manual_seed(RECIPE.holdout_seed))[:40]
+    model = load_checkpoint(run.averaged)[0]
+    for prefix, places in (("", held), ("train_", training[sample])):
+        found = evaluate(model, blobs.subset(places), replace(RECIPE.threat, start="uniform"))
+        entry = run.metrics[-1]
+        assert (entry[f"{prefix}clean"], entry[f"{prefix}robust"]) == (found.clean.value, found.robust.value)
+    assert run.metrics[-1]["train_images"] == 40
+    without = train(replace(RECIPE, train_sample=0), network(), blobs, out=tmp_path / "without")
+    assert not any(key.startswith("train_") for key in without.metrics[-1])
+    more = train(replace(RECIPE, train_sample=100), network(), blobs, out=tmp_path / "more")
+    assert more.metrics[-1]["train_images"] == RECIPE.holdout
+    assert same_tensors(run.last, without.last)
+    assert same_tensors(run.last, more.last)

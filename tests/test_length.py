@@ -52,7 +52,8 @@ def test_a_run_ends_when_its_patience_does(blobs, tmp_path):
     run = train(PATIENT, network(), blobs, out=tmp_path / "run")
     assert (epochs(run), run.result["epochs"], run.result["best"]["epoch"]) == ([1, 2, 3, 4], 4, 2)
     assert "last epoch 4" in run.in_words()
-    assert "The last is 20.0 points less robust: robust overfitting. Use best.safetensors" in run.in_words()
+    fitted = f"while it has {100 * run.metrics[-1]['train_robust']:.1f} % on training images"
+    assert f"The last is 20.0 points less robust, {fitted}: robust overfitting. Use best" in run.in_words()
     ended = run.last.read_bytes()
     train(PATIENT, network(), blobs, out=run.folder, resume=True)
     assert run.last.read_bytes() == ended

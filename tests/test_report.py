@@ -24,6 +24,7 @@ from clat.evaluation.trust import CHECKS, trust
 from clat.evaluation.trust.record import read_verdict, write_verdict
 from clat.models import build_model
 from clat.objectives import Clat
+from clat.report.blocks import side_by_side
 from clat.report.page import LARGEST, html, markdown, write_page
 from clat.report.reading import told
 from clat.report.records import records_in
@@ -115,6 +116,35 @@ def test_the_numbers_are_those_of_the_records(runs):
     assert [row[0].text for row in table.rows] == [str(runs / "clat"), str(runs / "base")]
     assert table.rows[0][-1].value == found.robust.value
     assert "paired over the same 40 images" in section(page, "Accuracy").words[0]
+
+
+def test_several_runs_stand_side_by_side_at_the_top(runs):
+    pages = [run_page(told(str(runs / name), load), place=place) for place, name in enumerate(("base", "clat"), 1)]
+    overview = side_by_side(pages)
+    assert overview.headings == ("run", *(figure.label for figure in pages[0].figures))
+    for page, row in zip(pages, overview.rows, strict=True):
+        assert [(cell.text, cell.note) for cell in row[1:]] == [(each.value, each.note) for each in page.figures]
+    seconds = [sum(entry["seconds"] for entry in Run(runs / name).metrics) for name in ("base", "clat")]
+    assert [row[-1].value for row in overview.rows] == seconds
+    assert html(pages).index("The runs side by side") < html(pages).index("<article")
+    assert "The runs side by side" in markdown(pages)
+    assert side_by_side(pages[:1]) is None
+
+
+def test_training_accuracy_stands_beside_the_held_out_one(runs, copy):
+    last = Run(runs / "clat").metrics[-1]
+    learned = section(run_page(told(str(runs / "clat"), load)), "Learning")
+    gap = 100 * (last["train_robust"] - last["robust"])
+    assert f"at {100 * last['train_robust']:.1f} %: a generalisation gap of {gap:.1f} points." in learned.words[0]
+    table = learned.blocks[0].pictures[0].table
+    assert table.headings[3:5] == ("clean, training %", "robust, training %")
+    assert [row[4].value for row in table.rows] == [entry["train_robust"] for entry in Run(runs / "clat").metrics]
+    path = copy / "clat/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [{key: value for key, value in line.items() if not key.startswith("train_")} for line in lines]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    without = section(run_page(told(str(copy / "clat"), load)), "Learning").blocks[0].pictures[0]
+    assert without.table.headings[3:] == ("seconds", "layers selected again")
 
 
 def test_the_layers_that_trained_are_marked(runs):

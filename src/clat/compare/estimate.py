@@ -64,7 +64,8 @@ def unit_seconds(comparison: Comparison, arm: Arm, times: Mapping[str, float], t
     """
     keys = resolved(arm.keys)
     training, held = (len(part) for part in split(total, keys["holdout"], keys["holdout_seed"], keys["images"]))
-    passes = keys["epochs"] * (training * (_steps(keys) + 1) + held * (keys["validation_steps"] + 1))
+    validated = held + min(held, keys["train_sample"])
+    passes = keys["epochs"] * (training * (_steps(keys) + 1) + validated * (keys["validation_steps"] + 1))
     for evaluation in comparison.evaluations:
         attacks = attacks_of(evaluation, classes)
         images = evaluation.images or total

@@ -28,6 +28,7 @@ from clat.training.runs import Run
 from clat.tuners.selection import Selection
 
 DIGITS = 5  # of the curves
+CURVES = ("clean", "robust", "train_clean", "train_robust", "loss")
 STARTS = "starts"  # in a comparison's folder: ARM-SEED-CHECKPOINT.safetensors
 
 # Seconds and losses are of one machine; what is compared is in the other keys.
@@ -202,7 +203,7 @@ def _facts(unit: Unit) -> dict[str, Any]:
     result, metrics, environment = run.result, run.metrics, run.environment
     began = run.start
     names = load_header(run.last).shapes  # the network's own; start.json also has what is left out of checkpoints
-    curves = [key for key in metrics[0] if key in ("clean", "robust", "loss") or key.startswith("train_")]
+    curves = [key for key in metrics[0] if key in CURVES]
     there = [name for name in ("best", "last", "averaged") if unit.checkpoint(name).is_file()]
     return {
         "arm": unit.arm.name,

@@ -101,11 +101,12 @@ class Missing:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number at the top of a page."""
+    """A number at the top of a page; ``sorted_by`` orders it among those of other pages."""
 
     label: str
     value: str
     note: str
+    sorted_by: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,19 @@ class Page:
     sections: tuple[Section, ...] = ()
     missing: tuple[Missing, ...] = ()
     card: Mapping[str, Any] = field(default_factory=dict)
+
+
+def side_by_side(pages: Sequence[Page]) -> Table | None:
+    """The numbers at the top of the pages of runs, a row for each run; none for fewer than two."""
+    pages = [page for page in pages if page.kind == "Run"]
+    if len(pages) < 2:
+        return None
+    labels = list(dict.fromkeys(figure.label for page in pages for figure in page.figures))
+    rows = []
+    for page in pages:
+        own = {each.label: Cell(each.value, each.sorted_by, each.note) for each in page.figures}
+        rows.append((words(page.title), *(own.get(label, words("")) for label in labels)))
+    return Table("The runs side by side", ("run", *labels), tuple(rows))
 
 
 def words(text: object) -> Cell:

@@ -189,7 +189,9 @@ def learning(entries: Sequence[Entry], key: str) -> Section | None:
         numbers = Table(f"Held-out {measure} accuracy %, mean over seeds", ("epoch", *curves), tuple(body))
         height = 3.2 + 0.17 * ((len(arms) + 2) // 3)
         figure = pictures.figure_of(draw, height=height, legend=3)
-        caption = "Lines: mean over seeds; bands: from the lowest to the highest."
+        trained = any(f"train_{measure}" in entry["curves"] for entry in entries)
+        thin = " Thin: training images, measured in the same way." if trained else ""
+        caption = f"Lines: mean over seeds; bands: from the lowest to the highest.{thin}"
         drawn.append(picture(figure, f"{key}-learning-{measure}", alt, caption, numbers))
     return Section("Learning", (), (Pictures(tuple(drawn)),))
 

@@ -21,7 +21,11 @@ def steps_of(run: Told) -> Any:
 
 def held_out(entry: Mapping[str, Any], kind: str) -> Accuracy:
     """An epoch's held-out accuracy with its count."""
-    return Accuracy(round(entry[kind] * entry["validation_images"]), entry["validation_images"])
+    return _counted(entry[kind], entry["validation_images"])
+
+
+def _counted(share: float, images: int) -> Accuracy:
+    return Accuracy(round(share * images), images)
 
 
 def learning(run: Told, key: str) -> Section:
@@ -37,7 +41,16 @@ def learning(run: Told, key: str) -> Section:
         f"best, and {100 * last['robust']:.1f} % in the last, epoch {len(run.metrics)}: "
         + (f"a robust-overfitting gap of {gap:.1f} points; {chance}." if gap > 0 else "no robust overfitting.")
     )
-    images = f"Held-out accuracy on {last['validation_images']:,} images under PGD-{steps_of(run)}, with 95 % intervals"
+    if "robust, training" in lines:
+        fit = 100 * last["train_robust"]
+        said += (
+            f" On {last['train_images']:,} training images, measured in the same way, the last is at {fit:.1f} %: a "
+            f"generalisation gap of {fit - 100 * last['robust']:.1f} points."
+        )
+    images = f"{last['validation_images']:,} held-out"
+    if "robust, training" in lines:
+        images += f" and {last['train_images']:,} training"
+    caption = f"On {images} images under PGD-{steps_of(run)}, with 95 % intervals; the ring is the best epoch."
     alt = f"Held-out accuracy over {len(run.metrics)} epochs. {said}"
     loss_alt = f"Training loss from {run.metrics[0]['loss']:.3g} to {last['loss']:.3g} over {len(run.metrics)} epochs."
     loss = pictures.loss_panel([entry["loss"] for entry in run.metrics], again_at)
@@ -49,7 +62,7 @@ def learning(run: Told, key: str) -> Section:
             ),
             f"{key}-curve",
             alt,
-            f"{images}; the ring is the best epoch.",
+            caption,
             _epochs(run, lines, again_at),
         ),
         picture(
@@ -64,16 +77,13 @@ def learning(run: Told, key: str) -> Section:
 
 
 def _lines(run: Told) -> dict[str, list[pictures.Span]]:
-    """Accuracy by epoch: held-out with its interval, in training as it is, where it was recorded."""
-    lines: dict[str, list[pictures.Span]] = {}
-    for kind in ("clean", "robust"):
-        accuracies = [held_out(entry, kind) for entry in run.metrics]
-        lines[kind] = [(accuracy.value, *accuracy.interval) for accuracy in accuracies]
-    for kind in ("clean", "robust"):
-        if all(f"train_{kind}" in entry for entry in run.metrics):
-            values = [float(entry[f"train_{kind}"]) for entry in run.metrics]
-            lines[f"{kind}, training"] = [(value, value, value) for value in values]
-    return lines
+    """Accuracy by epoch with its interval, on held-out images and, where it was measured, on training images."""
+    found = {f"{kind}, held-out": [held_out(entry, kind) for entry in run.metrics] for kind in ("clean", "robust")}
+    if all("train_images" in entry for entry in run.metrics):
+        for kind in ("clean", "robust"):
+            own = [_counted(entry[f"train_{kind}"], entry["train_images"]) for entry in run.metrics]
+            found[f"{kind}, training"] = own
+    return {name: [(each.value, *each.interval) for each in accuracies] for name, accuracies in found.items()}
 
 
 def _epochs(run: Told, lines: Mapping[str, Sequence[pictures.Span]], again_at: Sequence[int]) -> Table:

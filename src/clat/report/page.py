@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from clat.errors import InputError
 from clat.files import write_text
-from clat.report.blocks import Page
+from clat.report.blocks import Page, side_by_side
 from clat.report.svg import COLOURS
 from clat.text import plain
 
@@ -49,7 +49,12 @@ def html(pages: Sequence[Page]) -> str:
     digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
     style = environment.loader.get_source(environment, "page.css")[0] if environment.loader else ""
     return environment.get_template("page.html").render(
-        pages=pages, script=Markup(source), digest=Markup(digest), style=Markup(style), colours=COLOURS
+        pages=pages,
+        overview=side_by_side(pages),
+        script=Markup(source),
+        digest=Markup(digest),
+        style=Markup(style),
+        colours=COLOURS,
     )
 
 
@@ -57,7 +62,13 @@ def markdown(pages: Sequence[Page]) -> str:
     """A model card: metadata of the first page as YAML, then all pages, with numbers in place of pictures."""
     environment = _environment(autoescape=False, finalize=_marked)
     card = yaml.safe_dump(dict(pages[0].card), sort_keys=False, allow_unicode=True) if pages[0].card else ""
-    names = {"pages": pages, "card": Markup(card), "verbatim": _verbatim, "escaped": _escaped}
+    names = {
+        "pages": pages,
+        "overview": side_by_side(pages),
+        "card": Markup(card),
+        "verbatim": _verbatim,
+        "escaped": _escaped,
+    }
     text = environment.get_template("card.md").render(**names)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

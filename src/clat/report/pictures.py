@@ -186,7 +186,7 @@ def learning_panel(lines: Mapping[str, Sequence[Span]], reselected: Sequence[int
                 ring = {"ms": 7, "mfc": "none", "mec": colour, "mew": 1.4, "zorder": 4}
                 axis.plot([best], [values[best - 1]], "o", **ring)
         _epochs(axis, reselected)
-        axis.set_title("held-out accuracy (%)", fontsize="medium", loc="left")
+        axis.set_title("accuracy (%)", fontsize="medium", loc="left")
 
     return draw
 

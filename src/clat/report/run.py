@@ -71,9 +71,17 @@ def figures(run: Told, network: Network) -> tuple[Figure, ...]:
     seconds = sum(entry["seconds"] for entry in run.metrics)
     epochs = f"{len(run.metrics)} epoch{'s' if len(run.metrics) > 1 else ''} on {run.environment.get('device')}"
     return (
-        *(Figure(label, f"{100 * accuracy.value:.1f} %", f"{ends(accuracy)} {how}") for label, accuracy, how in both),
-        Figure("Weights that train", f"{100 * trained / run.parameters:.3g} %", f"{trained:,} of {run.parameters:,}"),
-        Figure("Training time", duration(seconds), epochs),
+        *(
+            Figure(label, f"{100 * accuracy.value:.1f} %", f"{ends(accuracy)} {how}", accuracy.value)
+            for label, accuracy, how in both
+        ),
+        Figure(
+            "Weights that train",
+            f"{100 * trained / run.parameters:.3g} %",
+            f"{trained:,} of {run.parameters:,}",
+            trained / run.parameters,
+        ),
+        Figure("Training time", duration(seconds), epochs, seconds),
     )
 
 

@@ -53,6 +53,7 @@ class RunImages:
     Args:
         training: the images that are neither held out nor left out
         validation: this process's part of the held-out images
+        fitted: its part of the training images that are measured as well, if any are
         held_out: all of the held-out images, on which a selection may be made as well
         extra: the second data set, if there is one
         warm: the last perturbation of every training image, if attacks start there
@@ -67,6 +68,7 @@ class RunImages:
 
     training: Dataset
     validation: Dataset
+    fitted: Dataset
     held_out: Dataset
     extra: Dataset | None
     warm: Perturbations | None
@@ -192,9 +194,13 @@ def run_images(recipe: Recipe, data: Dataset, processes: Processes, workers: int
     size = min(recipe.batch_size, len(training))
     if recipe.accumulate > size // count:
         raise InputError(f"accumulate is {recipe.accumulate}, more than the {size // count} images of a batch.")
+    few = min(recipe.train_sample, len(validation), len(training))
+    few = few if few >= count else 0  # each process measures some
+    fitted = torch.randperm(len(training), generator=torch.Generator().manual_seed(recipe.holdout_seed))[:few]
     return RunImages(
         training=training.to(device),
         validation=validation.subset(torch.arange(rank, len(validation), count)).to(device),
+        fitted=training.subset(fitted[rank::count]).to(device),
         held_out=validation.to(device),
         extra=recipe.extra.load(training, device) if recipe.extra else None,
         warm=Perturbations(len(training), training.shape, device) if recipe.warm_start else None,

@@ -11,6 +11,18 @@ from clat.text import plain
 from clat.training.recipe_files import renewed
 from clat.tuners.selection import Selection
 
+ADDED = {  # keys of a recipe that the runs of earlier versions lack
+    "accumulate",
+    "class_weights",
+    "label_smoothing",
+    "patience",
+    "recompute",
+    "train_sample",
+    "warm_start",
+    "warmup",
+}
+OPTIONAL = {"probe", "train_clean", "train_robust"}  # accuracies that not every run measures
+
 
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
@@ -58,7 +70,7 @@ def read_metrics(text: str) -> list[dict[str, Any]]:
 
 
 def _accuracies(entry: dict[str, Any], where: str = "") -> None:
-    for key in ("clean", "robust", *({"probe"} & entry.keys())):
+    for key in ("clean", "robust", *(OPTIONAL & entry.keys())):
         _require(_number(entry[key], 0, 1), f"{where}{key} is not between 0 and 1")
 
 

@@ -87,6 +87,8 @@ class Recipe:
         images: train on this many images, drawn by holdout_seed; all that are not held out if not given
         holdout: training images held out for validation, the only thing that checkpoints are chosen on
         holdout_seed: draws the held-out images; keep it from training to fine-tuning
+        train_sample: training images that are measured after each epoch as the held-out ones are, without augmentation,
+            to tell how much better the network fits what it learns from; at most as many as are held out, 0 for none
         validation_steps: PGD steps of the robust validation accuracy
         select_by: the validation accuracy that makes a checkpoint the best
         health: stop at chance-level accuracy and at perturbations far below eps
@@ -126,6 +128,7 @@ class Recipe:
     images: int | None = None
     holdout: int = 1000
     holdout_seed: int = 0
+    train_sample: int = 500
     validation_steps: int = 10
     select_by: Literal["robust", "clean"] = "robust"
     health: bool = True
@@ -145,7 +148,7 @@ class Recipe:
             raise InputError("warm_start works without extra, whose images are drawn again in each epoch.")
         check_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
         check_least(1, patience=self.patience, images=self.images, holdout=self.holdout)
-        check_least(0, validation_steps=self.validation_steps, warmup=self.warmup)
+        check_least(0, train_sample=self.train_sample, validation_steps=self.validation_steps, warmup=self.warmup)
         check_least(0.0, weight_decay=self.weight_decay)
         if self.accumulate > 1 and self.objective.carries():
             raise InputError(

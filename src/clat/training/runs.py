@@ -208,7 +208,9 @@ def _best_and_last(best: Mapping[str, Any], last: Mapping[str, Any]) -> str:
     points = f"The last is {100 * gap:.1f} points less robust"
     if gap <= 2 * error:
         return f"{said} {points}, which on {n:,} images may be chance."
-    return f"{said} {points}: robust overfitting. Use best.safetensors, as commands do that are given the run folder."
+    fitted = f", while it has {100 * last['train_robust']:.1f} % on training images" if "train_robust" in last else ""
+    use = "Use best.safetensors, as commands do that are given the run folder."
+    return f"{said} {points}{fitted}: robust overfitting. {use}"
 
 
 def _reason(error: Exception) -> str:

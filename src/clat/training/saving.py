@@ -15,6 +15,7 @@ from clat.errors import InputError
 from clat.network import State, fingerprint, tensors
 from clat.text import plain
 from clat.training.claims import clear
+from clat.training.contents import ADDED
 from clat.training.environment import environment
 from clat.training.job import Job
 from clat.training.optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
@@ -23,8 +24,6 @@ from clat.training.runs import Run
 from clat.training.validation import Metrics, accuracy, best_epoch
 from clat.tuners.selection import Selection
 
-# Keys that run folders of earlier versions lack.
-ADDED = ("accumulate", "class_weights", "label_smoothing", "patience", "recompute", "warm_start", "warmup")
 LENGTH = ("epochs", "patience")  # keys that may change when a run is resumed
 
 # The beginning

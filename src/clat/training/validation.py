@@ -1,4 +1,4 @@
-"""Measurements after an epoch: accuracy on the held-out images, and the probe for catastrophic overfitting."""
+"""Measurements after an epoch: accuracy on held-out and training images, and the probe for catastrophic overfitting."""
 
 import sys
 import time
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from clat.compute import autocast, seeded
+from clat.data.dataset import Dataset
 from clat.evaluation.evaluate import evaluate
 from clat.network import Images, Labels
 from clat.threat import Threat
@@ -18,10 +19,13 @@ Metrics = Mapping[str, Any]  # one epoch's line of metrics.jsonl
 Batch = tuple[Images, Labels]
 
 
-def accuracy(job: Job) -> tuple[float, float, int]:
+def accuracy(job: Job, images: Dataset | None = None) -> tuple[float, float, int]:
     """Clean and robust accuracy on the held-out images, and their number, over all processes.
 
     Where weights are averaged, it is the average that is measured.
+
+    Args:
+        images: this process's part of other images, to measure in their place
     """
     recipe = job.recipe
     # The single step of a one-step attack is about as long as the radius, too long for an attack of several steps.
@@ -30,7 +34,7 @@ def accuracy(job: Job) -> tuple[float, float, int]:
     with job.averaged.swapped_in():
         found = evaluate(
             job.model,
-            job.images.validation,
+            job.images.validation if images is None else images,
             threat,
             seed=recipe.seed,
             batch_size=250 if recipe.accumulate == 1 else min(250, job.images.part_size),
@@ -55,11 +59,13 @@ def validate(
     """
     start = time.perf_counter()
     clean, robust, n = accuracy(job)
+    fitted = accuracy(job, job.images.fitted) if len(job.images.fitted) else ()
     return {
         "epoch": epoch,
         **{name if name == "loss" else f"loss/{name}": value for name, value in losses.items()},
         "clean": clean,
         "robust": robust,
+        **dict(zip(("train_clean", "train_robust", "train_images"), fitted, strict=False)),
         **probe(job, first_batch),
         "validation_images": n,
         "learning_rate": rate,
