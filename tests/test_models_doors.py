@@ -121,6 +121,18 @@ def test_a_factory_that_fails_gets_one_sentence(factory, options, says, mynet):
         build_model("nowhere/net.py:make", 3)
 
 
+def test_a_lazy_layer_gets_one_sentence_and_trains_once_it_has_its_shape(mynet, blobs, tmp_path, capsys):
+    command = ["train", "pgd-at", "--model", f"{mynet}:bare", "--data", "fashion-mnist-mini", *TINY]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert "1.weight has no shape before it has seen images" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(InputError, match="run a batch of images through the network"):
+        train(TRAINING, network, blobs, out=tmp_path / "run")
+    network(torch.zeros(1, 1, 12, 12))
+    train(TRAINING, network, blobs, out=tmp_path / "run")
+
+
 # Normalisation
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from clat.errors import InputError
@@ -142,6 +143,16 @@ def by_image(feature: Tensor, *, images: int, module: nn.Module) -> Tensor:
 def per_image(values: Tensor, like: Images) -> Tensor:
     """Reshapes (batch,) to broadcast against (batch, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def check_made(model: nn.Module) -> None:
+    """Raises InputError if a layer has no weights yet because it takes their shape from the first images."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    if lazy := next((name for name, tensor in named if is_lazy(tensor)), None):
+        raise InputError(
+            f"The network's {plain(lazy)} has no shape before it has seen images (a lazy layer); run a batch of images "
+            "through the network before you hand it over, in a factory too."
+        )
 
 
 def check_images(x: Images) -> None:

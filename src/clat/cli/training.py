@@ -22,6 +22,7 @@ from clat.cli.shared import (
 from clat.cli.tables import status_table
 from clat.data.dataset import Dataset
 from clat.models import normalisation_of
+from clat.network import check_made
 from clat.text import plain
 from clat.training.integrity import IntegrityError, status_since
 from clat.training.recipe import Recipe
@@ -152,6 +153,7 @@ def status(run: str, model: str | None = None, json: str | None = None) -> None:
 
 
 def _run(recipe: Recipe, model: nn.Module, data: Dataset, out: str, origin: str, keys: dict[str, Any]) -> None:
+    check_made(model)
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"{recipe.objective.name} x {recipe.tuner.name} on {plain(data.source)}, {size:,} parameters, "

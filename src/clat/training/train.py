@@ -12,6 +12,7 @@ from torch import nn
 from clat.data.arrays import as_dataset
 from clat.evaluation.fits import check_fits
 from clat.inputs import check_least
+from clat.network import check_made
 from clat.training.claims import claim
 from clat.training.job import prepared
 from clat.training.loop import fit
@@ -65,6 +66,7 @@ def train(
     """
     data = as_dataset(data)
     check_least(0, workers=workers)
+    check_made(model)
     check_tracker(tracker)
     run = Run(Path(out))
     processes = started(device, tracker, run.folder)
