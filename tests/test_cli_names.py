@@ -55,12 +55,28 @@ def test_tab_offers_every_command_first():
     assert offered([""], table(), RECIPE_COMMANDS)[: len(table()["commands"])] == list(table()["commands"])
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_with_the_printed_script(tmp_path):
-    """The script as a user loads it, and Tab as bash calls it: after the command's name, the word, the one before."""
+@pytest.fixture
+def named(tmp_path):
+    """The environment of a shell in which clat can be called by its name."""
     command = tmp_path / "clat"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m clat "$@"\n')
     command.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "src"),
+        "DIR": str(tmp_path),
+    }
+
+
+def printed(shell, script, environment):
+    done = subprocess.run([shell, "-fc", script], env=environment, capture_output=True, text=True, timeout=90)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_with_the_printed_script(named):
+    """The script as a user loads it, and Tab as bash calls it: after the command's name, the word, the one before."""
     script = """
 eval "$(clat --completion bash)"
 complete -p clat
@@ -71,15 +87,29 @@ COMP_WORDS=("$DIR/clat" fin); COMP_CWORD=1
 _clat "$DIR/clat" fin "$DIR/clat"
 printf '%s\\n' "${COMPREPLY[@]}"
 """
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        ["bash", "-c", script], env={**environment, "DIR": str(tmp_path)}, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.splitlines() == [
+    out, error = printed("bash", script, named)
+    assert out.splitlines() == [
         "complete -o default -F _clat clat",
         *("cosine", "constant", "cyclic"),
         "finetune",
-    ], done.stderr
+    ], error
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes_with_the_printed_script(named):
+    """In a terminal of its own, with the key itself."""
+    script = """
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell 'eval "$(clat --completion zsh)"; echo loaded$((1))'
+zpty -r -m shell seen '*loaded1*'
+zpty -w -n shell 'clat train clat-f'$'\\t'
+zpty -r -m shell seen '*clat-fast*'
+print -r -- $seen
+zpty -d shell
+"""
+    out, error = printed("zsh", script, named)
+    assert "clat train clat-fast" in out, error
 
 
 @pytest.mark.parametrize(("load", "policy"), [(0.1, None), (99.0, "passive")])

@@ -9,7 +9,7 @@ from clat.files import shipped
 BASH = """\
 _clat() {
     local IFS=$'\\n'
-    COMPREPLY=($("$1" --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2> /dev/null))
+    COMPREPLY=($("$1" --complete "${COMP_WORDS[@]:1:$COMP_CWORD}" 2> /dev/null))
 }
 complete -o default -F _clat clat
 """
