@@ -12,7 +12,7 @@ import yaml
 from clat import CLAT, InputError, Recipe, Threat, attack_output, find_layers, layer_criticality, top
 from clat.cli.arguments import _entries, parse
 from clat.cli.commands import COMMANDS
-from clat.inputs import annotations, block_of, fraction
+from clat.inputs import annotations, block_of, fraction, named
 from clat.objectives import OBJECTIVES, Clat, Score
 from clat.training.averaging import Average
 from clat.training.awp import Awp
@@ -237,3 +237,15 @@ def test_k_as_a_share_reaches_all_layers(tiny):
     scores = layer_criticality(tiny, torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16))
     assert len(top(scores, 1.0)) == len(top(scores, 0.999)) == 17
     assert len(top(scores, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("rn18", ("rn18", {})),
+        ("timm/x,depths=[1, 1,2],img_size=64", ("timm/x", {"depths": [1, 1, 2], "img_size": 64})),
+        ("photos[a,b],size=3", ("photos[a,b]", {"size": 3})),
+    ],
+)
+def test_options_after_commas(text, found):
+    assert named(text) == found

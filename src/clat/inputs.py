@@ -257,8 +257,8 @@ def _described(kind: Any) -> str:
 
 
 def named(text: str) -> tuple[str, dict[str, Any]]:
-    """A name with options after commas: ``rn18,width=16`` is ("rn18", {"width": 16})."""
-    name, *options = text.split(",")
+    """A name with options after commas: ``rn18,width=16`` is ("rn18", {"width": 16}). Commas inside [] are kept."""
+    name, *options = re.split(r",(?![^\[\]]*\])", text)
     pairs = [option.partition("=") for option in options]
     if not all(key and equals for key, equals, _ in pairs):
         raise InputError(f"Options are written key=value after commas, e.g. rn18,width=16; got {text!r}.")
