@@ -23,10 +23,12 @@ def radius(eps: float, norm: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for a person, e.g. 40 s, 12 min or 3.5 h."""
+    """A time for a person, e.g. 40 s, 12 min, 3.5 h or 5 days."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
 def strength(curve: Curve, point: Point) -> str:
