@@ -57,7 +57,7 @@ def test_what_decides_a_figure_tells_measurements_apart(blobs):
         ("evaluate", ["--starts", "1", "--steps", "1"]),
         ("sweep", ["--over_eps", "none", "--over_steps", "1"]),
         ("transfer", ["rn18,width=8,normalise=data", "--steps", "1"]),
-        ("trust", ["--budget", "0.05"]),
+        ("trust", ["--budget", "0.3"]),
     ],
 )
 def test_the_commands_print_it_in_the_same_words(command, keys, tmp_path, capsys):

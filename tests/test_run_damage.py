@@ -14,7 +14,7 @@ from clat.training import saving
 from clat.training.runs import Run
 from clat.training.train import train
 from conftest import same_tensors
-from small_runs import CRITICAL, known, noise, refused, small
+from small_runs import CRITICAL, contents, known, noise, refused, small
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +230,13 @@ def test_status_names_a_layer_that_the_network_has_not(copy, capsys):
     (copy.folder / "selections.jsonl").write_text("\n".join([*lines, json.dumps(entry)]) + "\n")
     assert main(["status", str(copy.folder)]) == 2
     assert "names no.such, which is no layer of the network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["overwrite: true", "resume: true", "out: elsewhere", "model: rn18", "device: cpu"])
+def test_a_recipe_file_gives_no_orders(line, copy, tmp_path, capsys):
+    before = contents(copy.folder)
+    (tmp_path / "recipe.yaml").write_text(f"epochs: 1\n{line}\n")
+    rest = ["--model", "rn18,width=2", "--data", "fashion-mnist-mini", "--out", str(copy.folder)]
+    assert main(["train", str(tmp_path / "recipe.yaml"), *rest]) == 2
+    assert line.partition(":")[0] in capsys.readouterr().err
+    assert contents(copy.folder) == before

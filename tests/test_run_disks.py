@@ -17,7 +17,7 @@ from clat.training import loop, saving
 from clat.training.runs import Run
 from clat.training.train import train
 from conftest import same_tensors
-from small_runs import RECIPE, contents, noise, small
+from small_runs import RECIPE, noise, small
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +140,3 @@ def test_ctrl_c_in_training_ends_with_130_and_the_run_goes_on(tmp_path, monkeypa
     assert main([*command, "--resume"]) == 0
     assert Run(tmp_path / "[/x]run").epoch == 2
     assert "[/x]run" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("line", ["overwrite: true", "resume: true", "out: elsewhere", "model: rn18", "device: cpu"])
-def test_a_recipe_file_gives_no_orders(line, copy, tmp_path, capsys):
-    before = contents(copy.folder)
-    (tmp_path / "recipe.yaml").write_text(f"epochs: 1\n{line}\n")
-    rest = ["--model", "rn18,width=2", "--data", "fashion-mnist-mini", "--out", str(copy.folder)]
-    assert main(["train", str(tmp_path / "recipe.yaml"), *rest]) == 2
-    assert line.partition(":")[0] in capsys.readouterr().err
-    assert contents(copy.folder) == before
