@@ -34,7 +34,10 @@ NETWORKS = {
     "timm/vit_tiny_patch16_224": ({"img_size": 32, "depth": 2}, "blocks.1.attn.qkv"),
     "timm/convnext_atto": ({}, "stages.1.downsample.1"),
     "timm/mobilenetv3_small_100": ({}, "blocks.2.0.se.conv_reduce"),
-    "timm/swin_tiny_patch4_window7_224": ({"img_size": 32, "embed_dim": 24}, "layers.1.downsample.reduction"),
+    "timm/swin_tiny_patch4_window7_224": (
+        {"img_size": 32, "embed_dim": 24, "depths": [1, 1, 1, 1]},
+        "layers.1.downsample.reduction",
+    ),
     "torchvision/densenet121": ({}, "features.denseblock4.denselayer16.conv2"),
     "transformers/VIT": ({}, "vit.layers.1.attention.q_proj"),
     "transformers/RESNET": ({}, "resnet.encoder.stages.1.layers.0.layer.1.convolution"),

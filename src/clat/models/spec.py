@@ -97,8 +97,11 @@ TIMM_OPTIONS: dict[str, Option] = {
     "img_size": either(_SIZE, several(2, _SIZE)),
     "patch_size": either(whole(1, 256), several(2, whole(1, 256))),
     "depth": whole(1, 256),
+    "depths": several(4, whole(1, 256)),
+    "dims": several(4, whole(1, 8192)),
     "embed_dim": whole(1, 8192),
-    "num_heads": whole(1, 256),
+    "num_heads": either(whole(1, 256), several(4, whole(1, 256))),
+    "window_size": either(whole(1, 256), several(2, whole(1, 256))),
     "global_pool": word("avg", "max", "avgmax", "catavgmax", "token", "map", "fast", ""),
 }
 TRANSFORMERS_OPTIONS = {"config": Option("the configuration of an image classifier of transformers", harmless)}
