@@ -60,6 +60,8 @@ def test_the_response_is_the_change_from_the_start(plan):
     assert start.responses["robust"][0] == pytest.approx({LAYERS[name]: gain for name, gain in GAINS.items()})
     assert start.responses["robust"][1] == pytest.approx({LAYERS[name]: gain / 2 for name, gain in GAINS.items()})
     assert set(start.responses["clean"][0].values()) == {0}
+    assert start.alike["robust"] < 1e-4
+    assert start.alike["clean"] == 1
     assert set(start.rankings) == {"good", "bad"}  # not the one from another checkpoint, nor the arms themselves
 
 
@@ -68,6 +70,8 @@ def test_a_ranking_that_tells_the_response_is_told_from_one_that_does_not(plan):
     assert "| `layer2.0.conv1` | +10.0, +5.0 | +0.0, +0.0 |" in text
     assert "| good | +1.00 (p 0.0" in text
     assert "| bad | -1.00 (p 0.0" in text
+    assert "Robust: a difference between these networks is found (Cochran's Q, p " in text
+    assert "Clean: no difference between these networks is found (Cochran's Q, p 1)." in text
     assert "robust response between the first two seeds: +1.00" in text
 
 

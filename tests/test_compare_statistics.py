@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from clat.compare.statistics import (
     Difference,
+    cochran,
     contrasts,
     holm,
     mcnemar,
@@ -200,3 +201,25 @@ def test_a_rank_correlation_is_that_of_the_book():
     assert ties.mean == pytest.approx(1)
     with pytest.raises(InputError, match="the same layers"):
         rank_correlation([(first, second[:4])])
+
+
+@pytest.mark.parametrize(("gain", "low", "high"), [(0.0, 0.2, 1.0), (0.06, 0.001, 0.2), (0.25, 0.0, 1e-6)])
+def test_cochrans_q_is_the_share_of_shuffles_within_images(gain, low, high):
+    """Networks that agree on most images; one of them gains on some."""
+    generator = np.random.default_rng(1)
+    easy = generator.random(400) < 0.5
+    right = np.stack([np.where(generator.random(400) < 0.2, generator.random(400) < 0.5, easy) for _ in range(5)])
+    right[2] |= generator.random(400) < gain
+    p = cochran([right])
+    assert low <= p <= high
+    spread = right.sum(1).var()
+    shuffled = (generator.permuted(right, axis=0).sum(1).var() for _ in range(2000))
+    assert p == pytest.approx(np.mean([each >= spread - 1e-9 for each in shuffled]), abs=0.03)
+
+
+def test_cochrans_q_of_two_networks_is_mcnemars_without_correction_and_seeds_add_up():
+    right = np.array([[True] * 30 + [False] * 12 + [True] * 5, [True] * 30 + [True] * 12 + [False] * 5])
+    chi_square = (12 - 5) ** 2 / (12 + 5)
+    assert cochran([right]) == pytest.approx(math.erfc(math.sqrt(chi_square / 2)), rel=1e-4)
+    assert cochran([right, right]) == pytest.approx(math.exp(-chi_square), rel=1e-4)  # 2 degrees of freedom
+    assert cochran([right[:, :30]]) == cochran([]) == 1.0

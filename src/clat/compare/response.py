@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from clat.compare.plan import Arm, Comparison, Side
 from clat.compare.result import Entry
-from clat.compare.statistics import rank_correlation
+from clat.compare.statistics import LEVEL, Outcomes, cochran, rank_correlation
 from clat.compare.table import MEASURES, markdown_table, outcomes
 from clat.text import plain
 
@@ -27,11 +27,13 @@ class Start:
         side: the arm and the checkpoint
         responses: of each measure, the change of the accuracy in points
         rankings: by the name of the arm that chose by it, what it measured
+        alike: of each measure, the p of all these networks being right equally often, as ``cochran`` has it
     """
 
     side: Side
     responses: Mapping[str, BySeed]
     rankings: Mapping[str, BySeed]
+    alike: Mapping[str, float]
 
 
 def starts(comparison: Comparison, entries: Sequence[Entry]) -> list[Start]:
@@ -43,7 +45,8 @@ def starts(comparison: Comparison, entries: Sequence[Entry]) -> list[Start]:
         responses = {measure: _responses(comparison, entries, side, arms, measure) for measure in MEASURES}
         if any(len(layers) > 1 for layers in responses[MEASURES[0]].values()):
             rankings = {arm.name: values for arm in arms if not _alone(arm) and (values := _measured(entries, arm))}
-            found.append(Start(side, responses, rankings))
+            alike = {measure: _alike(comparison, entries, arms, measure) for measure in MEASURES}
+            found.append(Start(side, responses, rankings, alike))
     return found
 
 
@@ -64,6 +67,14 @@ def _responses(
             change = 100 * (after[seed].mean() - before[seed].mean())
             found.setdefault(seed, {})[layers[seed]] = float(change)
     return found
+
+
+def _alike(comparison: Comparison, entries: Sequence[Entry], arms: Sequence[Arm], measure: str) -> float:
+    by_seed: dict[int, list[Outcomes]] = {}
+    for arm in filter(_alone, arms):
+        for seed, right in outcomes(comparison, entries, Side(arm.name, arm.evaluated[0]), measure).items():
+            by_seed.setdefault(seed, []).append(right)
+    return cochran([np.stack(rights) for rights in by_seed.values()])
 
 
 def _measured(entries: Sequence[Entry], arm: Arm) -> BySeed:
@@ -97,6 +108,9 @@ def _paragraphs(start: Start) -> list[str]:
         f"Each layer trained alone from {name}: change in points, seed by seed ({', '.join(map(str, seeds))}).",
         markdown_table(["layer", *start.responses], body),
     ]
+    for measure, p in start.alike.items():
+        difference = "a difference" if p < LEVEL else "no difference"
+        tables.append(f"{measure.capitalize()}: {difference} between these networks is found (Cochran's Q, p {p:.2g}).")
     if len(seeds) > 1:
         pair = [{0: robust[seed]} for seed in seeds[:2]]
         found = rank_correlation(list(_paired(*pair)))

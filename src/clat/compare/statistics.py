@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from clat.errors import InputError
@@ -175,6 +176,23 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
         corrected[place] = largest
     return corrected
+
+
+def cochran(seeds: Sequence[NDArray[np.bool_]]) -> float:
+    """Cochran's Q test: p of several networks being right equally often on the same images, seeds together.
+
+    Args:
+        seeds: one array for each seed, (networks, images), True where a network is right
+    """
+    q = freedom = 0.0
+    for right in seeds:
+        networks, hits = len(right), right.sum(0)  # (images,): how many networks are right
+        disagreement = (hits * (networks - hits)).sum()
+        if disagreement:
+            each = right.sum(1)
+            q += networks * (networks - 1) * ((each - each.mean()) ** 2).sum() / disagreement
+            freedom += networks - 1
+    return torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(q / 2)).item() if freedom else 1.0
 
 
 @dataclass(frozen=True)
