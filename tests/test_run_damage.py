@@ -144,6 +144,8 @@ def test_a_damaged_run_is_refused_by_name_or_mended(name, damage, finished, copy
         ("metrics.jsonl", "epoch", True, "not that of epoch 3"),
         ("metrics.jsonl", "loss", float("nan"), "loss is no finite number"),
         ("metrics.jsonl", "trainable", -1, "trainable is no count"),
+        ("metrics.jsonl", "train_robust", -0.1, "train_robust is not between 0 and 1"),
+        ("metrics.jsonl", "train_images", 0.5, "train_images is no count"),
         ("selections.jsonl", "epoch", 2, r"holds the selections of epochs \[1, 2\] and not those of \[1, 3\]"),
         ("selections.jsonl", "epoch", 1, "do not ascend"),
         ("selections.jsonl", "layers", "conv1", "layers is no list of names"),
@@ -173,6 +175,16 @@ def test_an_edited_key_is_noticed(name, key, value, says, copy, data):
     content = copy.recipe if name == "recipe.yaml" else json.loads((copy.folder / name).read_text())
     copy.write(name, {**content, key: value})
     assert name in refused(says, CRITICAL, known(), data, out=copy.folder, resume=True)
+
+
+def test_a_line_with_some_of_the_training_accuracies_is_refused(copy, data):
+    path = copy.folder / "metrics.jsonl"
+    *lines, last = path.read_text().splitlines()
+    kept = {key: value for key, value in json.loads(last).items() if key != "train_images"}
+    path.write_text("\n".join([*lines, json.dumps(kept)]) + "\n")
+    refused(
+        "lacks some of train_clean, train_images, train_robust", CRITICAL, known(), data, out=copy.folder, resume=True
+    )
 
 
 def test_metrics_without_their_last_epoch_are_refused(copy, data):

@@ -21,7 +21,7 @@ ADDED = {  # keys of a recipe that the runs of earlier versions lack
     "warm_start",
     "warmup",
 }
-OPTIONAL = {"probe", "train_clean", "train_robust"}  # accuracies that not every run measures
+FITTED = {"train_clean", "train_robust", "train_images"}  # all or none of them is in a line
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -61,7 +61,9 @@ def read_metrics(text: str) -> list[dict[str, Any]]:
     for epoch, entry in enumerate(entries, 1):
         _require(entry["epoch"] == epoch and _count(entry["epoch"]), f"line {epoch} is not that of epoch {epoch}")
         _accuracies(entry, f"line {epoch}: ")
-        for key in ("validation_images", "trainable"):
+        fitted = FITTED & entry.keys()
+        _require(len(fitted) in (0, len(FITTED)), f"line {epoch} lacks some of {', '.join(sorted(FITTED))}")
+        for key in ("validation_images", "trainable", *(fitted & {"train_images"})):
             _require(_count(entry[key]), f"line {epoch}: {key} is no count")
         for key, value in entry.items():
             _require(_number(value), f"line {epoch}: {plain(key)} is no finite number")
@@ -70,7 +72,7 @@ def read_metrics(text: str) -> list[dict[str, Any]]:
 
 
 def _accuracies(entry: dict[str, Any], where: str = "") -> None:
-    for key in ("clean", "robust", *(OPTIONAL & entry.keys())):
+    for key in ("clean", "robust", *({"probe", "train_clean", "train_robust"} & entry.keys())):
         _require(_number(entry[key], 0, 1), f"{where}{key} is not between 0 and 1")
 
 

@@ -59,13 +59,16 @@ def validate(
     """
     start = time.perf_counter()
     clean, robust, n = accuracy(job)
-    fitted = accuracy(job, job.images.fitted) if len(job.images.fitted) else ()
+    fitted = {}
+    if len(job.images.fitted):
+        found = accuracy(job, job.images.fitted)
+        fitted = dict(zip(("train_clean", "train_robust", "train_images"), found, strict=True))
     return {
         "epoch": epoch,
         **{name if name == "loss" else f"loss/{name}": value for name, value in losses.items()},
         "clean": clean,
         "robust": robust,
-        **dict(zip(("train_clean", "train_robust", "train_images"), fitted, strict=False)),
+        **fitted,
         **probe(job, first_batch),
         "validation_images": n,
         "learning_rate": rate,
