@@ -94,7 +94,7 @@ def test_every_comparison_loads_at_every_scale_plans_and_dry_runs(path, tmp_path
             pixels[: images[part]], labels[: images[part]], tuple("abcdefghij"), "as large as CIFAR-10", part
         ),
     )
-    monkeypatch.setattr(command, "pass_times", lambda plan, *_: {arm.model: 1e-4 for arm in plan.arms})
+    monkeypatch.setattr(command, "pass_times", lambda plan, *_, **__: {arm.model: 1e-4 for arm in plan.arms})
     scales = ["full", *yaml.safe_load(path.read_text()).get("scales", {})]
     assert "small" in scales
     units = {}

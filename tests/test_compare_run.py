@@ -21,6 +21,7 @@ from clat.cli import training
 from clat.cli import unit as unit_process
 from clat.cli.main import main
 from clat.cli.shared import data_named
+from clat.compare import estimate
 from clat.compare.file import comparison
 from clat.compare.run import locked
 from clat.compare.statistics import pack, power, simulated, unpack
@@ -87,7 +88,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> list[str]:
     patch.setattr(command, "_start", start)
     for module in (command, unit_process, training):
         patch.setattr(module, "data_named", _data)
-    patch.setattr(command, "pass_times", lambda plan, *_: {arm.model: 1e-4 for arm in plan.arms})
+    patch.setattr(command, "pass_times", lambda plan, *_, **__: {arm.model: 1e-4 for arm in plan.arms})
     return started
 
 
@@ -331,6 +332,21 @@ def test_a_dry_run_leaves_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "4 units left: about" in said
     assert "one/best against two/best, clat/last against one/last" in said
+
+
+@pytest.mark.usefixtures("begun")
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 3), (2, 1)])
+def test_a_pass_is_timed_with_the_threads_that_a_unit_gets(jobs, threads, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "pass_times", estimate.pass_times)
+    monkeypatch.setattr(estimate, "_pass_seconds", lambda *_: seen.append(torch.get_num_threads()) or 1e-4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert compare(tmp_path, TINY, "--dry-run", "--jobs", str(jobs)) == 0
+        assert (seen, torch.get_num_threads()) == ([threads], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def synthetic(difference: float, generator: np.random.Generator) -> tuple:

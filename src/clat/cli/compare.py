@@ -123,7 +123,7 @@ def _show_plan(
 ) -> None:
     """What runs, from where, and for how long."""
     comparison, left = progress.comparison, progress.left()
-    times = pass_times(comparison, data, build, device_named(device))
+    times = pass_times(comparison, data, build, device_named(device), one_thread=jobs > 1)
     console.print(plain(comparison.question), style="bold", highlight=False)
     for note in comparison.notes:
         console.print(plain(f"  {note}"), highlight=False, style="dim")

@@ -28,11 +28,24 @@ LONGEST = 20  # seconds that the training on a few images may take; else a pass 
 
 
 def pass_times(
-    comparison: Comparison, data: Dataset, build: Callable[[str], nn.Module], device: Any = None
+    comparison: Comparison,
+    data: Dataset,
+    build: Callable[[str], nn.Module],
+    device: Any = None,
+    *,
+    one_thread: bool = False,
 ) -> dict[str, float]:
-    """Seconds of a forward and backward pass for an image, by network."""
-    firsts = {arm.model: arm for arm in reversed(comparison.arms)}
-    return {model: _pass_seconds(arm, data, build(model), device) for model, arm in firsts.items()}
+    """Seconds of a forward and backward pass for an image, by network.
+
+    Args:
+        one_thread: as units have it that run side by side
+    """
+    firsts, threads = {arm.model: arm for arm in reversed(comparison.arms)}, torch.get_num_threads()
+    torch.set_num_threads(1 if one_thread else threads)
+    try:
+        return {model: _pass_seconds(arm, data, build(model), device) for model, arm in firsts.items()}
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pass_seconds(arm: Arm, data: Dataset, model: nn.Module, device: Any) -> float:
