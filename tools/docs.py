@@ -268,7 +268,7 @@ def every_picture() -> dict[str, Picture]:
     return found
 
 
-COMPARED = ("robust-overfitting",)  # comparisons whose results are committed
+COMPARED = ("robust-overfitting", "layer-response")  # comparisons whose results are committed
 
 TABLES: dict[str, Callable[[], Lines]] = {
     "before and after": before_and_after,
