@@ -9,6 +9,7 @@ from clat.compare.file import comparison
 from clat.compare.plan import Comparison
 from clat.compare.response import layers_alone, starts
 from clat.compare.statistics import pack
+from clat.report.comparison import layers_alone as section_of
 
 LAYERS = {"a": "conv1", "b": "layer1.0.conv1", "c": "layer2.0.conv1", "d": "layer3.0.conv1", "e": "linear"}
 GAINS = {"a": 4, "b": -2, "c": 10, "d": 0, "e": 6}  # images of 100, robust
@@ -73,6 +74,18 @@ def test_a_ranking_that_tells_the_response_is_told_from_one_that_does_not(plan):
     assert "Robust: a difference between these networks is found (Cochran's Q, p " in text
     assert "Clean: no difference between these networks is found (Cochran's Q, p 1)." in text
     assert "robust response between the first two seeds: +1.00" in text
+
+
+def test_the_page_draws_the_responses_and_lists_the_rankings(plan):
+    (start,) = starts(plan, entries(plan))
+    section = section_of(start, "key")
+    (drawn,), ranked = section.blocks[0].pictures, section.blocks[1]
+    assert [(row[0].text, pytest.approx(row[1].value), row[2].value) for row in drawn.table.rows] == [
+        (layer, 0.75 * GAINS[name], 0) for name, layer in LAYERS.items()
+    ]
+    assert "layer2.0.conv1 robust +7.5, clean +0.0" in drawn.alt
+    assert [row[0].text for row in ranked.rows] == ["good", "bad"]
+    assert section.words[0].startswith("Robust: a difference between these networks is found")
 
 
 def test_a_comparison_of_recipes_has_no_responses(plan):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from clat.compare.plan import Arm, Comparison, Side
 from clat.compare.result import Entry
-from clat.compare.statistics import LEVEL, Outcomes, cochran, rank_correlation
+from clat.compare.statistics import LEVEL, Outcomes, RankCorrelation, cochran, rank_correlation
 from clat.compare.table import MEASURES, markdown_table, outcomes
 from clat.text import plain
 
@@ -38,19 +38,19 @@ class Start:
 
 def starts(comparison: Comparison, entries: Sequence[Entry]) -> list[Start]:
     """One for each checkpoint from which several layers trained alone; none in most comparisons."""
-    sides = dict.fromkeys(Side(arm.start, arm.checkpoint) for arm in comparison.arms if arm.start and _alone(arm))
+    sides = dict.fromkeys(Side(arm.start, arm.checkpoint) for arm in comparison.arms if arm.start and alone(arm))
     found = []
     for side in sides:
         arms = [arm for arm in comparison.arms if (arm.start, arm.checkpoint) == (side.arm, side.checkpoint)]
         responses = {measure: _responses(comparison, entries, side, arms, measure) for measure in MEASURES}
         if any(len(layers) > 1 for layers in responses[MEASURES[0]].values()):
-            rankings = {arm.name: values for arm in arms if not _alone(arm) and (values := _measured(entries, arm))}
+            rankings = {arm.name: values for arm in arms if not alone(arm) and (values := _measured(entries, arm))}
             alike = {measure: _alike(comparison, entries, arms, measure) for measure in MEASURES}
             found.append(Start(side, responses, rankings, alike))
     return found
 
 
-def _alone(arm: Arm) -> bool:
+def alone(arm: Arm) -> bool:
     """Whether the arm trains one layer that its recipe names."""
     return len(arm.keys.get("critical", {}).get("layers", ())) == 1
 
@@ -60,7 +60,7 @@ def _responses(
 ) -> BySeed:
     before = outcomes(comparison, entries, side, measure)
     found: BySeed = {}
-    for arm in filter(_alone, arms):
+    for arm in filter(alone, arms):
         after = outcomes(comparison, entries, Side(arm.name, arm.evaluated[0]), measure)
         layers = {entry["seed"]: entry["selected"][0]["layers"][0] for entry in entries if entry["arm"] == arm.name}
         for seed in after.keys() & before.keys():
@@ -71,7 +71,7 @@ def _responses(
 
 def _alike(comparison: Comparison, entries: Sequence[Entry], arms: Sequence[Arm], measure: str) -> float:
     by_seed: dict[int, list[Outcomes]] = {}
-    for arm in filter(_alone, arms):
+    for arm in filter(alone, arms):
         for seed, right in outcomes(comparison, entries, Side(arm.name, arm.evaluated[0]), measure).items():
             by_seed.setdefault(seed, []).append(right)
     return cochran([np.stack(rights) for rights in by_seed.values()])
@@ -108,21 +108,32 @@ def _paragraphs(start: Start) -> list[str]:
         f"Each layer trained alone from {name}: change in points, seed by seed ({', '.join(map(str, seeds))}).",
         markdown_table(["layer", *start.responses], body),
     ]
-    for measure, p in start.alike.items():
-        difference = "a difference" if p < LEVEL else "no difference"
-        tables.append(f"{measure.capitalize()}: {difference} between these networks is found (Cochran's Q, p {p:.2g}).")
+    tables += differ(start)
     if len(seeds) > 1:
         pair = [{0: robust[seed]} for seed in seeds[:2]]
         found = rank_correlation(list(_paired(*pair)))
         tables.append(f"Rank correlation of the robust response between the first two seeds: {found}.")
-    rows = []
-    for ranking, values in start.rankings.items():
-        cells = [str(rank_correlation(list(_paired(values, each)))) for each in start.responses.values()]
-        rows.append([plain(ranking), *cells])
-    if rows:
+    if rows := [[plain(name), *map(str, found.values())] for name, found in correlations(start).items()]:
         tables.append("Rank correlation (Spearman) of what each ranking measured before with the response after:")
         tables.append(markdown_table(["ranking of", *start.responses], rows))
     return tables
+
+
+def correlations(start: Start) -> dict[str, dict[str, RankCorrelation]]:
+    """How well what each ranking measured before tells each response after."""
+    return {
+        ranking: {name: rank_correlation(list(_paired(values, each))) for name, each in start.responses.items()}
+        for ranking, values in start.rankings.items()
+    }
+
+
+def differ(start: Start) -> list[str]:
+    """Of each measure, whether the networks differ, in a sentence."""
+    found = []
+    for measure, p in start.alike.items():
+        difference = "a difference" if p < LEVEL else "no difference"
+        found.append(f"{measure.capitalize()}: {difference} between these networks is found (Cochran's Q, p {p:.2g}).")
+    return found
 
 
 def _points(values: Sequence[float | None]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from clat.compare.plan import Comparison
+from clat.compare.response import Start, alone, correlations, differ, starts
 from clat.compare.result import Entry, read_entries
 from clat.compare.table import Verdict, columns, figures, lines_of, measured_how, rows, verdicts
 from clat.errors import InputError
@@ -40,7 +41,8 @@ def comparison_page(comparison: Comparison, entries: Sequence[Entry], *, place: 
     sections = [
         contrasts(found, key),
         measured(comparison, entries, key),
-        learning(entries, key),
+        *(layers_alone(start, f"{key}-start{place}") for place, start in enumerate(starts(comparison, entries), 1)),
+        learning(_drawn(comparison, entries), key),
         again(comparison, entries),
     ]
     robust = [verdict for verdict in found if verdict.measure == "robust"]
@@ -124,7 +126,7 @@ def measured(comparison: Comparison, entries: Sequence[Entry], key: str) -> Sect
         body = [tuple(_cell(text) for text in row) for row in rows(comparison, entries, evaluation)]
         blocks.append(Table(how, tuple(columns(comparison)), tuple(body)))
         if not place:
-            blocks.append(Pictures((_points(comparison, entries, key),)))
+            blocks.append(Pictures((_points(comparison, _drawn(comparison, entries), key),)))
     return Section("Arms", tuple(said), tuple(blocks))
 
 
@@ -166,8 +168,42 @@ def _points(comparison: Comparison, entries: Sequence[Entry], key: str) -> Pictu
     return picture(figure, f"{key}-points", alt, caption, numbers)
 
 
+def layers_alone(start: Start, key: str) -> Section:
+    """How much each layer changed the accuracy when it trained alone, and whether a ranking told."""
+    layers = list(dict.fromkeys(layer for seed in start.responses["robust"].values() for layer in seed))
+    series: dict[str, list[pictures.Span | None]] = {}
+    for measure, by_seed in start.responses.items():
+        values = [[own[layer] for own in by_seed.values() if layer in own] for layer in layers]
+        series[measure] = [(statistics.mean(own), min(own), max(own)) if own else None for own in values]
+    draw = pictures.intervals_panel(layers, series, f"change from {start.side} (points)")
+    parts = (
+        f"{layer} {', '.join(f'{name} {span[0]:+.1f}' for name, spans in series.items() if (span := spans[place]))}"
+        for place, layer in enumerate(layers)
+    )
+    body = []
+    for place, layer in enumerate(layers):
+        spans = [spans[place] for spans in series.values()]
+        body.append((words(layer), *(amount(span[0], "{:+.1f}") if span else words("") for span in spans)))
+    numbers = Table("Change in points, mean over seeds", ("layer", *series), tuple(body))
+    figure = pictures.figure_of(draw, height=1.1 + 0.22 * len(layers), legend=2)
+    alt = f"Change of accuracy in points when one layer trains, mean over seeds: {'; '.join(parts)}."
+    caption = "Points: mean over seeds; lines: from the lowest seed to the highest."
+    blocks: list[Block] = [Pictures((picture(figure, key, alt, caption, numbers),))]
+    if found := correlations(start):
+        told = [(words(name), *(words(each) for each in by_measure.values())) for name, by_measure in found.items()]
+        title = "Rank correlation (Spearman) of what each ranking measured before with the change after"
+        blocks.append(Table(title, ("ranking of", *start.responses), tuple(told)))
+    return Section(f"Layers that train alone, from {start.side}", tuple(differ(start)), tuple(blocks))
+
+
+def _drawn(comparison: Comparison, entries: Sequence[Entry]) -> list[Entry]:
+    """All but those that train one layer alone, which have a picture of their own."""
+    own = {arm.name for arm in comparison.arms if alone(arm)}
+    return [entry for entry in entries if entry["arm"] not in own]
+
+
 def learning(entries: Sequence[Entry], key: str) -> Section | None:
-    """The curves of all arms."""
+    """The curves of the arms."""
     if not entries:
         return None
     drawn = []
