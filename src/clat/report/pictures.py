@@ -219,7 +219,7 @@ def _epochs(axis: Any, reselected: Sequence[int]) -> None:
 def heat_panel(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], marked: set[tuple[int, int]], x: str
 ) -> Draw:
-    """Cells that are the darker the larger their value, by its square root; those marked have a dot.
+    """Cells whose colour is the stronger the larger their value, by its square root; those marked have a dot.
 
     Args:
         values: one list for each row, of a number for each column
