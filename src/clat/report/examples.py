@@ -220,5 +220,5 @@ def _confusions(examined: Examined, key: str) -> tuple[Pictures | Table, ...]:
     alt = f"Heat map of {len(names)} classes under attack: {most}."
     height = 0.7 + 0.26 * len(names) + 0.07 * max(len(pictures.short(name)) for name in names)
     figure = pictures.figure_of(draw, height=height, turned=True)
-    caption = "Rows: the true class; columns: what it becomes. The stronger the colour, the more images; the others withstand."
+    caption = "Rows: the true class; columns: what it becomes. Strong colour: many images; the others withstand."
     return Pictures((picture(figure, f"{key}-confusion", alt, caption, square),)), accuracies

@@ -151,7 +151,7 @@ def _heat(run: Told, scored: Sequence[Selection], index: Mapping[str, int | None
         pictures.figure_of(draw, height=height),
         f"{key}-heat",
         f"Heat map of {ranking} over {len(index)} layers and {len(scored)} selections. Trained {_trained(scored)}.",
-        f"The first layer at the top. The stronger the colour, the higher the {ranking}; dots: trained from this epoch on.",
+        f"First layer at the top; the stronger the colour, the higher the {ranking}; dots: trained from this epoch on.",
         Table(title, ("layer", *(f"epoch {epoch}" for epoch in epochs)), tuple(rows)),
     )
 
