@@ -1,4 +1,4 @@
-"""Label smoothing and class weights: what the loss learns, checked against torch, and who refuses them."""
+"""Label smoothing, class weights and mixup: what the loss learns, checked against torch, and who refuses them."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_plain_labels_stay_as_they_are():
     assert targets(Recipe(), LABELS, 4) is None
 
 
-CHANGED = {"label_smoothing": 0.2, "class_weights": "balanced"}
+CHANGED = {"label_smoothing": 0.2, "class_weights": "balanced", "mixup": 0.2}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -103,6 +103,6 @@ def test_the_loss_of_an_epoch_is_that_of_the_changed_labels(blobs, tmp_path):
         "label_smoothing": F.cross_entropy(scores, y, label_smoothing=0.2),
         "class_weights": (F.cross_entropy(scores, y, reduction="none") * (32 / (3 * count))[y]).mean(),
     }
-    for key, value in CHANGED.items():
-        run = train(replace(recipe, **{key: value}), network(), blobs, out=tmp_path / key)
+    for key in wanted:
+        run = train(replace(recipe, **{key: CHANGED[key]}), network(), blobs, out=tmp_path / key)
         assert run.metrics[0]["loss"] == pytest.approx(wanted[key].item(), rel=1e-5)

@@ -203,6 +203,26 @@ def whole_labels(y: Labels, x: Images, classes: int | None = None) -> Labels:
     return y
 
 
+def learnable_labels(y: Labels, x: Images, classes: int | None = None) -> Labels:
+    """What a cross-entropy takes: whole labels, or what each class counts for each image, float (batch, classes).
+
+    Args:
+        classes: the network's outputs, if labels are to be compared with them
+    Raises:
+        InputError: neither of them, or not one an image
+    """
+    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() != 2:
+        return whole_labels(y, x, classes)
+    if len(y) != len(x) or classes not in (None, y.shape[1]):
+        raise InputError(
+            f"Labels that give the share of each class must have shape ({len(x)}, {classes or 'classes'}); got "
+            f"{tuple(y.shape)}."
+        )
+    if not y.is_meta and not bool(((y >= 0) & y.isfinite()).all()):
+        raise InputError("Labels that give the share of each class must be numbers from 0 on.")
+    return y
+
+
 class NoGradientError(InputError):
     """The network's output has no gradient to the pixels."""
 

@@ -18,10 +18,10 @@ from clat.network import (
     check_gradient,
     check_images,
     held,
+    learnable_labels,
     logits,
     no_overwriting,
     per_image,
-    whole_labels,
 )
 
 Lp = Literal["linf", "l2"]  # the norm of a ball
@@ -173,13 +173,14 @@ def attack_output(
     """Untargeted PGD on the cross-entropy of the output; Section 3.1 uses it in place of one attack a layer.
 
     Args:
+        y: a label an image, or what each class counts for it, float (batch, classes)
         keep: the last iterate, as in training, or of each image the one with the highest loss, as in evaluation
         scores: gives the class scores (batch, classes); default the network's output
     Raises:
-        InputError: images of another shape or outside [0, 1]; labels that are not one whole number an image
+        InputError: images of another shape or outside [0, 1]; labels that are neither
     """
     check_images(x)
-    labels = whole_labels(y, x)
+    labels = learnable_labels(y, x)
 
     def cost(z: Images) -> Tensor:
         return F.cross_entropy(logits(model(z)) if scores is None else scores(z), labels, reduction="none")

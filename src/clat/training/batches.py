@@ -1,10 +1,11 @@
 """The images of a run: those held out for validation, and the training images of each epoch, batch by batch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clat.data.crops import Crops
@@ -24,6 +25,7 @@ class TrainingBatch:
     """This process's part of a batch.
 
     Args:
+        y: labels; after ``mixed`` the share of each class, float (batch, classes)
         places: of the training images among all of them, (batch,)
         crops: how each image was cropped and flipped, if it was
     """
@@ -44,6 +46,16 @@ class TrainingBatch:
             strict=True,
         )
         return [TrainingBatch(x, y, self.places[at], self.crops and self.crops.of(at)) for x, y, at in found]
+
+    def mixed(self, alpha: float, classes: int) -> "TrainingBatch":
+        """Each image mixed with another one; y becomes the share of each class, float (batch, classes).
+
+        Source: mixup, Zhang et al. 2018.
+        """
+        share = torch.distributions.Beta(alpha, alpha).sample().item()
+        other = torch.randperm(len(self.x)).to(self.x.device)
+        hot = F.one_hot(self.y, classes).to(self.x.dtype)
+        return replace(self, x=self.x[other].lerp(self.x, share), y=hot[other].lerp(hot, share))
 
 
 @dataclass(frozen=True)

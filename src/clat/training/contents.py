@@ -15,6 +15,7 @@ ADDED = {  # keys of a recipe that the runs of earlier versions lack
     "accumulate",
     "class_weights",
     "label_smoothing",
+    "mixup",
     "patience",
     "recompute",
     "train_sample",

@@ -56,8 +56,14 @@ class Job:
         return self.method.model
 
     def learned(self, y: Labels) -> Tensor:
-        """What the loss learns in place of these labels."""
-        return y if self.targets is None else self.targets[y]
+        """What the loss learns in place of these labels, or of these shares of the classes."""
+        if self.targets is None:
+            return y
+        return y @ self.targets if y.is_floating_point() else self.targets[y]
+
+    def mixed(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch as it is attacked and trained on: with ``mixup``, mixed."""
+        return batch.mixed(self.recipe.mixup, len(self.images.training.classes)) if self.recipe.mixup else batch
 
     def say(self, text: str) -> None:
         """Prints a line under the progress bar's place. Nothing in it is markup: names come from files."""

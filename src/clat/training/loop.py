@@ -103,17 +103,17 @@ def _epoch(
     more["share"] = processes.average_gradients
     losses = Losses(job, epoch)
     progress(epoch, 0)
-    for step, batch in enumerate(job.images.batches(epoch)):
-        x, y, last = batch.x, batch.y, step == steps - 1
+    for step, drawn in enumerate(job.images.batches(epoch)):
+        batch, last = job.mixed(drawn), step == steps - 1
         set_rate(optimizer, recipe, job.rate(epoch, step))
         for _ in range(method.objective.replays):
             x_adv = job.attack(batch)  # line 13
-            losses.add(method.update(optimizer, x, x_adv, job.learned(y), **more))  # lines 14 and 15
+            losses.add(method.update(optimizer, batch.x, x_adv, job.learned(batch.y), **more))  # lines 14 and 15
         job.averaged.take(epoch, last=last)
         if step == 0:
-            first_batch = x, y
-            if x_adv is not x:
-                check_attack(processes.mean(recipe.threat.distance(x_adv, x).mean()).item(), recipe)
+            first_batch = drawn.x, drawn.y
+            if x_adv is not batch.x:
+                check_attack(processes.mean(recipe.threat.distance(x_adv, batch.x).mean()).item(), recipe)
         if step % 20 == 0 or last:
             log((epoch - 1) * steps + step + 1, {"loss_within_epoch": losses.checked(step)})
         progress(epoch, 1)

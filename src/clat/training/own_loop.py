@@ -13,7 +13,7 @@ from clat.criticality import LayerScore
 from clat.errors import InputError
 from clat.features import observe
 from clat.inputs import annotations, fit, fraction, nearest, shown
-from clat.network import Images, Labels, check_images, held, whole_labels
+from clat.network import Images, Labels, check_images, held, learnable_labels, whole_labels
 from clat.objectives import Clat, Objective
 from clat.threat import Threat
 from clat.training.integrity import LayerStatus, status
@@ -72,12 +72,14 @@ class OwnLoop(Method):
         """Attacks a batch and returns the loss, a scalar to call ``backward`` on (Eq. 9 for CLAT).
 
         Args:
+            y: labels; or what each class counts for each image, float (batch, classes), as mixup makes them, for an
+                objective that takes such
             through: the network as DistributedDataParallel wrapped it after the last selection
         Raises:
             InputError: no selection yet, a batch that ``select`` would refuse, or a wrapper from before the selection
         """
         self._selected()
-        x, y = self._batch(x, y)
+        x, y = self._batch(x, y, soft=self.objective.takes_soft_labels())
         if through is not None:
             self._check_wrapper(through)
         return torch.stack(list(self.terms(x, self.attack(x, y), y, through=through).values())).sum()
@@ -125,7 +127,7 @@ class OwnLoop(Method):
         """What the last selection measured of every layer; under ``CLAT`` its criticality."""
         return self._selected().scores
 
-    def _batch(self, x: Images, y: Labels) -> tuple[Images, Labels]:
+    def _batch(self, x: Images, y: Labels, *, soft: bool = False) -> tuple[Images, Labels]:
         """The batch as the network takes it."""
         check_images(x)
         if x.dtype == torch.float64 and all(p.dtype != torch.float64 for p in self.model.parameters()):
@@ -135,7 +137,7 @@ class OwnLoop(Method):
                 scores = observe(self.model, x[:1], {}, lambda *_: None)
             assert scores is not None  # it ran to the end
             self._classes = scores.shape[1]
-        return x, whole_labels(y, x, self._classes)
+        return x, (learnable_labels if soft else whole_labels)(y, x, self._classes)
 
     def _check_wrapper(self, through: nn.Module) -> None:
         if getattr(through, "module", None) is not self.model:

@@ -72,6 +72,8 @@ class Recipe:
         label_smoothing: share of each label that the loss spreads evenly over all classes; attacks keep the label
         class_weights: what an image counts in the loss: equal, or balanced, by the inverse of how many training images
             its class has, with mean 1 over the training images; attacks and accuracies are not weighted
+        mixup: alpha: each training image is mixed with another of its batch before the attack, in shares drawn from
+            Beta(alpha, alpha), and so is its label (Zhang et al. 2018); 0 for none. Accuracies are of unmixed images
         precision: bf16 (autocast, parameters stay fp32) or fp32, in training and validation; auto is bf16 where the
             device computes in it natively, else fp32
         layout: of the kernels while the network trains: contiguous (as torch makes them) or channels-last; auto is
@@ -120,6 +122,7 @@ class Recipe:
     clip: float | None = None
     label_smoothing: float = 0.0
     class_weights: Literal["equal", "balanced"] = "equal"
+    mixup: float = 0.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     layout: Literal["auto", "contiguous", "channels-last"] = "auto"
     recompute: bool = False
@@ -146,10 +149,12 @@ class Recipe:
             raise InputError("warm_start works with augment padded-crop or false, which it can undo.")
         if self.warm_start and self.extra is not None:
             raise InputError("warm_start works without extra, whose images are drawn again in each epoch.")
+        if self.warm_start and self.mixup:
+            raise InputError("warm_start works without mixup, which mixes other images in each epoch.")
         check_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
         check_least(1, patience=self.patience, images=self.images, holdout=self.holdout)
         check_least(0, train_sample=self.train_sample, validation_steps=self.validation_steps, warmup=self.warmup)
-        check_least(0.0, weight_decay=self.weight_decay)
+        check_least(0.0, weight_decay=self.weight_decay, mixup=self.mixup)
         if self.accumulate > 1 and self.objective.carries():
             raise InputError(
                 f"accumulate works without {self.objective.name} as it is set here, which carries a perturbation from "
@@ -275,10 +280,11 @@ def _check_method(kind: str, method: Any, base: type[Objective] | type[Tuner], e
 
 
 def _check_labels(recipe: Recipe) -> None:
-    """Raises InputError unless the objective can learn from the labels as the recipe smooths and weighs them."""
+    """Raises InputError unless the objective can learn from the labels as the recipe smooths, weighs and mixes them."""
     if not 0 <= recipe.label_smoothing < 1:
         raise InputError(f"label_smoothing is {recipe.label_smoothing}; it must be 0 or more and below 1, e.g. 0.1.")
     changed = {"label_smoothing": recipe.label_smoothing > 0, "class_weights": recipe.class_weights != "equal"}
+    changed["mixup"] = recipe.mixup > 0
     for key in (key for key, used in changed.items() if used):
         if not recipe.objective.takes_soft_labels():
             takes = ", ".join(name for name, each in OBJECTIVES.items() if each().takes_soft_labels())
