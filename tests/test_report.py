@@ -26,6 +26,7 @@ from clat.models import build_model
 from clat.objectives import Clat
 from clat.report.blocks import side_by_side
 from clat.report.page import LARGEST, html, markdown, write_page
+from clat.report.pictures import figure_of, intervals_panel
 from clat.report.reading import told
 from clat.report.records import records_in
 from clat.report.run import run_page
@@ -356,3 +357,17 @@ def test_the_commands_of_the_page_run(copy, monkeypatch):
         assert main([*shlex.split(line)[1:], *few]) == 0
     assert Path("card.md").read_text().startswith("---\n")
     assert Path("both.html").read_text().count("<article") == 2
+
+
+@pytest.mark.parametrize(("letters", "most"), [(3, 3), (14, 2), (60, 1)])
+def test_a_legend_lies_within_its_picture(letters, most):
+    names = [f"{letter * letters}" for letter in "abcdef"]
+    draw = intervals_panel(["row"], {name: [(1.0, 0.0, 2.0)] for name in names}, "x")
+    figure = figure_of(draw, height=4, legend=3)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    extent = legend.get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.width
+    columns = {round(text.get_window_extent().x0) for text in legend.get_texts()}
+    assert len(columns) == most

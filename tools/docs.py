@@ -22,24 +22,24 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 import page  # noqa: E402 (found in bench/)
 
 from clat import build_model  # noqa: E402
+from clat.compare import table as compared  # noqa: E402
 from clat.compare.file import load_comparison  # noqa: E402
 from clat.compare.response import layers_alone  # noqa: E402
-from clat.compare.result import read_entries  # noqa: E402
-from clat.compare.table import markdown  # noqa: E402
+from clat.compare.result import Entry, read_entries  # noqa: E402
 from clat.evaluation.accuracy import Accuracy  # noqa: E402
 from clat.evaluation.trust import CHECKS, NEEDED  # noqa: E402
 from clat.files import write_text  # noqa: E402
 from clat.layers import trace  # noqa: E402
 from clat.models import MODELS  # noqa: E402
-from clat.report import pictures  # noqa: E402
-from clat.report.blocks import Picture, Pictures, Table  # noqa: E402
-from clat.report.comparison import comparison_page, read_comparison  # noqa: E402
-from clat.report.svg import alone, picture  # noqa: E402
+from clat.report.blocks import Picture, Pictures  # noqa: E402
+from clat.report.comparison import comparison_page, learning, read_comparison  # noqa: E402
+from clat.report.svg import alone  # noqa: E402
 from clat.report.words import percent  # noqa: E402
 from clat.training.recipe_files import summary  # noqa: E402
 
 Lines = list[str]
 PICTURES = ROOT / "docs/pictures"
+OVERFITTING = ROOT / "results/robust-overfitting.json"
 BLOCK = re.compile(r"(<!-- made by make docs: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:made by make docs: .+?|end) -->")
 
@@ -67,32 +67,34 @@ def plus_minus(accuracy: dict[str, Any]) -> str:
     return f"{100 * accuracy['accuracy']:.1f} ± {50 * (accuracy['high'] - accuracy['low']):.1f}"
 
 
-def before_and_after() -> Lines:
-    """Each method alone and with CLAT on top."""
-    rows = {row["method"]: row for row in results("methods")["rows"]}
-    cells = []
-    for name, base in rows.items():
-        if after := rows.get(f"{name}+clat"):
-            share = f"{100 * after['trainable'] / rows['pgd-at']['trainable']:.0f} %"
-            accuracies = [plus_minus(row[key]) for key in ("clean", "robust") for row in (base, after)]
-            cells.append([f"`{name}`", *accuracies, share])
-    heading = "trained with | clean | then CLAT | under PGD-20 | then CLAT | weights that CLAT trains"
-    return [image("before-and-after"), "", *table(heading, cells)]
+def overfitting() -> Lines:
+    """Some arms of the study of robust overfitting, and what it found of them in robust accuracy."""
+    asked, entries = read_comparison(OVERFITTING)
+    titles = compared.columns(asked)
+    shown = [place for place, title in enumerate(titles) if title not in ("best epoch", "seconds")]
+    rows = compared.rows(asked, _in_readme(entries), asked.evaluations[0])
+    said = []
+    for verdict in compared.verdicts(asked, entries):  # of all arms, as p is corrected for all contrasts
+        arms = {side.partition("/")[0] for side in (verdict.contrast.first, verdict.contrast.second)}
+        if verdict.measure == "robust" and arms <= set(ARMS_IN_README):
+            said.append(f"- {verdict.contrast}")
+    cells = [[row[place] for place in shown] for row in [titles, *rows]]
+    return [image("overfitting"), "", *table(" | ".join(cells[0]), cells[1:]), "", *said]
 
 
-def before_and_after_picture() -> Picture:
-    """Robust accuracy of each method alone and with CLAT on top."""
-    rows = {row["method"]: row["robust"] for row in results("methods")["rows"]}
-    names = [name for name in rows if f"{name}+clat" in rows]
-    both = {"alone": names, "then CLAT": [f"{name}+clat" for name in names]}
-    ends = ("accuracy", "low", "high")
-    series = {title: [tuple(100 * rows[name][end] for end in ends) for name in named] for title, named in both.items()}
-    values = zip(names, *series.values(), strict=True)
-    parts = (f"{name} {before[0]:.1f}, then {after[0]:.1f}" for name, before, after in values)
-    alt = f"Accuracy under PGD-20 in percent, alone and with CLAT on top: {'; '.join(parts)}"
-    draw = pictures.intervals_panel(names, series, "accuracy under PGD-20 (%), with 95 % intervals")
-    figure = pictures.figure_of(draw, width=6.5, height=4.2, legend=2)
-    return picture(figure, "before-and-after", alt, "", Table("", (), ()))
+def overfitting_picture() -> Picture:
+    """Held-out robust accuracy by epoch, of the arms that go on from the base."""
+    entries = [entry for entry in _in_readme(read_comparison(OVERFITTING)[1]) if entry["arm"] != "base"]
+    held_out = [{**entry, "curves": {name: entry["curves"][name] for name in ("clean", "robust")}} for entry in entries]
+    section = learning(held_out, "overfitting")
+    assert section is not None  # the result is committed
+    drawn = section.blocks[0]
+    assert isinstance(drawn, Pictures)
+    return drawn.pictures[-1]
+
+
+def _in_readme(entries: list[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry["arm"] in ARMS_IN_README]
 
 
 def methods() -> Lines:
@@ -237,7 +239,7 @@ def comparison(name: str) -> Lines:
     """What a comparison found, from the result that `clat compare` wrote."""
     asked = load_comparison(str(ROOT / f"comparisons/{name}.yaml"))
     entries = read_entries(ROOT / f"results/{name}.json")
-    text = markdown(asked, entries, layers_alone(asked, entries))
+    text = compared.markdown(asked, entries, layers_alone(asked, entries))
     shown = [line for file in comparison_pictures(name) for line in (image(file), "")]
     return ["", *text.removeprefix("# ").rstrip("\n").split("\n"), "", *shown]
 
@@ -262,16 +264,17 @@ def image(name: str) -> str:
 @cache
 def every_picture() -> dict[str, Picture]:
     """What stands in docs/pictures, by the name of the file."""
-    found = {"before-and-after": before_and_after_picture()}
+    found = {"overfitting": overfitting_picture()}
     for name in COMPARED:
         found |= comparison_pictures(name)
     return found
 
 
+ARMS_IN_README = ("base", "pgd-at", "pgd-at-awp-ema", "random-awp-ema", "clat-awp-ema")
 COMPARED = ("robust-overfitting", "layer-response")  # comparisons whose results are committed
 
 TABLES: dict[str, Callable[[], Lines]] = {
-    "before and after": before_and_after,
+    "overfitting": overfitting,
     "methods": methods,
     "screening": screening,
     "full size": full_size,

@@ -25,7 +25,12 @@ Span = tuple[float, float, float]  # a value with the ends of its interval
 
 
 def figure_of(draw: Draw, *, height: float, width: float = WIDTH, legend: int = 0, turned: bool = False) -> Any:
-    """One panel as a figure, with a legend below if it has columns; ``turned`` sets the labels of x upright."""
+    """One panel as a figure.
+
+    Args:
+        legend: most columns of the legend below; none for 0
+        turned: set the labels of x upright
+    """
     figure = _panels([draw], (width, height), legend=legend)
     if turned:
         figure.axes[0].tick_params(axis="x", rotation=90)
@@ -49,7 +54,12 @@ def _panels(draws: Sequence[Draw], size: tuple[float, float], *, legend: int, ti
             draw(axis)
         handles, names = axes[0].get_legend_handles_labels()
         if legend and handles:
-            figure.legend(handles, names, loc="outside lower center", ncols=legend, title=title or None)
+            place: dict[str, Any] = {"loc": "outside lower center", "title": title or None}
+            while (drawn := figure.legend(handles, names, ncols=legend, **place)) and legend > 1:
+                if drawn.get_window_extent().width <= figure.bbox.width:
+                    break
+                drawn.remove()  # too wide
+                legend -= 1
     return figure
 
 
