@@ -44,6 +44,25 @@ def test_ema_weighs_each_step(plain):
     assert averaged.tensors["first_norm.num_batches_tracked"] == 29
 
 
+def test_ema_from_the_start_keeps_it(plain):
+    plain.first.weight.data.fill_(-4.0)
+    averaged, expected = Averaged(plain, Average(decay=0.9, from_start=True)), -4.0
+    for step in walk(plain, 7):
+        averaged.take(1, last=False)
+        expected = 0.9 * expected + 0.1 * step
+    assert averaged.tensors["first.weight"].flatten()[0].item() == pytest.approx(expected, rel=1e-5)
+    assert averaged.tensors["first_norm.num_batches_tracked"] == 6
+    assert not averaged.first
+
+
+def test_swa_from_the_start_counts_it_once(plain):
+    plain.first.weight.data.fill_(-4.0)
+    averaged = Averaged(plain, Average(kind="swa", start=2, from_start=True))
+    for step in walk(plain, 6):
+        averaged.take(1 + step // 2, last=step % 2 == 1)
+    assert averaged.tensors["first.weight"].flatten()[0].item() == pytest.approx((-4 + 3 + 5) / 3)
+
+
 def test_swa_is_the_mean_of_the_epochs_from_its_start(plain):
     averaged = Averaged(plain, Average(kind="swa", start=3))
     for step in walk(plain, 12):
@@ -71,7 +90,16 @@ def test_without_settings_nothing_is_swapped():
         assert all(same_bits(tensor, before[name]) for name, tensor in snapshot(model).items())
 
 
-@pytest.mark.parametrize("average", [Average(decay=0.8), Average(kind="swa", start=2)], ids=["ema", "swa"])
+@pytest.mark.parametrize(
+    "average",
+    [
+        Average(decay=0.8),
+        Average(kind="swa", start=2),
+        Average(decay=0.9, from_start=True),
+        Average(start=3, from_start=True),
+    ],
+    ids=["ema", "swa", "from the start", "late from the start"],
+)
 def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(average, blobs, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "best_epoch", lambda metrics, recipe: metrics[-1]["epoch"])
     recipe = replace(RECIPE, average=average)

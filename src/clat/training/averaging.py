@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clat.errors import InputError
 from clat.inputs import check_fields
-from clat.network import tensors
+from clat.network import snapshot, tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,16 @@ class Average:
         decay: of ema: the weight tau of what was averaged before; in its first steps t it is (1 + t) / (10 + t) if
             that is smaller, so that the random start is forgotten
         start: epoch, counted from 1, from which weights are averaged
+        from_start: begin with the weights that the run starts from, and do not forget them: ema then has no first steps
+            as above, and in swa they count as an epoch. For fine-tuning
 
-    Source: Gowal et al. 2020 (ema, with this warm-up), Izmailov et al. 2018 (swa).
+    Source: Gowal et al. 2020 (ema, with this warm-up), Izmailov et al. 2018 (swa), Wortsman et al. 2022 (from_start).
     """
 
     kind: Literal["ema", "swa"] = "ema"
     decay: float = 0.995
     start: int = 1
+    from_start: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "average.")
@@ -36,6 +39,12 @@ class Average:
             raise InputError(f"average.decay is {self.decay}; it must be between 0 and 1, e.g. 0.995.")
         if self.start < 1:
             raise InputError(f"average.start is {self.start}; epochs count from 1.")
+
+    def rate(self, count: int) -> float:
+        """The weight of the next tensors in an average that ``count`` have gone into."""
+        if self.kind == "swa":
+            return 1 / (count + 1 + self.from_start)
+        return 1 - self.decay if self.from_start else max(1 - self.decay, 9 / (10 + count))
 
 
 class Averaged:
@@ -49,6 +58,7 @@ class Averaged:
         self.model, self.average = model, average
         self.tensors: dict[str, Tensor] = {}  # by name; none before the start
         self.count = 0
+        self.first = snapshot(model) if average and average.from_start else {}  # until it is in the average
 
     @torch.no_grad()
     def take(self, epoch: int, *, last: bool) -> None:
@@ -56,19 +66,21 @@ class Averaged:
         average = self.average
         if average is None or epoch < average.start or (average.kind == "swa" and not last):
             return
-        rate = 1 / (self.count + 1) if average.kind == "swa" else max(1 - average.decay, 9 / (10 + self.count))
+        rate = average.rate(self.count)
         for name, tensor in tensors(self.model).items():
+            if name in self.first and not self.count:
+                self.tensors[name] = self.first.pop(name)
             if name not in self.tensors:
                 self.tensors[name] = tensor.detach().clone()
             elif tensor.is_floating_point():
                 self.tensors[name].lerp_(tensor, rate)
             else:
                 self.tensors[name].copy_(tensor)
-        self.count += 1
+        self.count, self.first = self.count + 1, {}
 
     def stop(self) -> None:
         """Forgets the average: from here on the network itself is used."""
-        self.average, self.tensors, self.count = None, {}, 0
+        self.average, self.tensors, self.count, self.first = None, {}, 0, {}
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
