@@ -22,7 +22,7 @@ from clat.cli import unit as unit_process
 from clat.cli.main import main
 from clat.cli.shared import data_named
 from clat.compare import estimate
-from clat.compare.file import comparison
+from clat.compare.file import comparison, load_comparison
 from clat.compare.run import locked
 from clat.compare.statistics import pack, power, simulated, unpack
 from clat.compare.table import verdicts
@@ -212,6 +212,20 @@ def test_a_changed_evaluation_trains_nothing_again(whole, begun, monkeypatch):
     assert compare(whole, changed(evaluation={**TINY["evaluation"], "of": "test"})) == 0
     assert begun == ["base-0", "one-0", "two-0", "clat-0"]
     assert {each["evaluation"]["of"] for entry in result(whole)["units"] for each in entry["evaluations"]} == {"test"}
+
+
+def test_the_estimate_leaves_out_epochs_that_are_trained(whole, capsys, monkeypatch):
+    other = changed(evaluation={**TINY["evaluation"], "of": "test"})
+    plan = load_comparison(str(written(whole / "other.yaml", other)))
+    every, evaluated = (
+        estimate.unit_seconds(plan, plan.arms[0], {"rn18,width=2": 1.0}, 600, 10, trained=trained) for trained in (0, 1)
+    )
+    assert (
+        every - evaluated == 96 * 2 + 128 * 2
+    )  # one step of the attack and the update; held-out and as many trained on
+    monkeypatch.setattr(command, "unit_seconds", lambda *_, trained=0: 600.0 - 540 * trained)
+    assert compare(whole, other, "--dry-run") == 0
+    assert "4 units left: about 4 min" in capsys.readouterr().out
 
 
 def test_a_result_that_is_asked_for_no_more_is_kept(whole, begun, capsys):

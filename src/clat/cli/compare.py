@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from rich.table import Table
@@ -133,12 +133,12 @@ def _show_plan(
     total = 0.0
     for arm in comparison.arms:
         waiting = [unit for unit in left if unit.arm.name == arm.name]
-        seconds = unit_seconds(comparison, arm, times, len(data), len(data.classes))
-        total += seconds * len(waiting)
+        seconds = partial(unit_seconds, comparison, arm, times, len(data), len(data.classes))
+        total += sum(seconds(trained=unit.epochs) for unit in waiting)
         origin = arm.model if arm.start is None else f"{arm.start}/{arm.checkpoint}"
         cells = [Name(plain(arm.name)), Name(plain(arm.recipe)), Name(plain(origin))]
         seeds = ", ".join(str(unit.seed) for unit in waiting) or "none"
-        table.add_row(*cells, str(arm.keys.get("epochs", "")), seeds, duration(seconds))
+        table.add_row(*cells, str(arm.keys.get("epochs", "")), seeds, duration(seconds()))
     console.print(table, highlight=False)
     for each, wanted in zip(comparison.evaluations, progress.wanted, strict=True):
         how = f"{each.tier} tier, eps {255 * each.eps:.3g}/255, {wanted['evaluation']['images']:,} {each.of} images"

@@ -67,18 +67,21 @@ def _steps(keys: Mapping[str, Any]) -> int:
     return 0 if keys["objective"] == "clean" else keys["threat"]["steps"]
 
 
-def unit_seconds(comparison: Comparison, arm: Arm, times: Mapping[str, float], total: int, classes: int) -> float:
+def unit_seconds(
+    comparison: Comparison, arm: Arm, times: Mapping[str, float], total: int, classes: int, *, trained: int = 0
+) -> float:
     """Seconds to train and evaluate an arm with one seed.
 
     Args:
         times: what ``pass_times`` found
         total: images of the training split
         classes: of the data
+        trained: epochs that are done
     """
     keys = resolved(arm.keys)
     training, held = (len(part) for part in split(total, keys["holdout"], keys["holdout_seed"], keys["images"]))
     validated = held + min(held, keys["train_sample"])
-    passes = keys["epochs"] * (training * (_steps(keys) + 1) + validated * (keys["validation_steps"] + 1))
+    passes = (keys["epochs"] - trained) * (training * (_steps(keys) + 1) + validated * (keys["validation_steps"] + 1))
     for evaluation in comparison.evaluations:
         attacks = attacks_of(evaluation, classes)
         images = evaluation.images or total

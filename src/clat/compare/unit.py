@@ -86,6 +86,11 @@ class Unit:
         return before.exists and before.finished
 
     @property
+    def epochs(self) -> int:
+        """How many epochs are trained."""
+        return len(self.run.metrics) if self.run.exists else 0
+
+    @property
     def trained(self) -> bool:
         return self.run.exists and self.run.finished
 
