@@ -24,6 +24,7 @@ def test_eps_is_a_number_or_a_fraction(text, value):
     [
         ({"eps": "eight"}, "not a number"),
         ({"eps": 8}, "8/255"),
+        ({"eps": 1.01}, "8/255"),
         ({"eps": -0.1}, "positive"),
         ({"eps": "1/0"}, "not a number"),
         ({"eps": float("nan")}, "not a number"),
@@ -77,6 +78,23 @@ def test_uniform_start_fills_the_l2_ball():
     radius = threat.distance(threat.first(x), x) / 0.2
     assert radius.max() <= 1 + 1e-5
     assert abs((radius**2).mean() - 0.5) < 0.03  # the squared radius of a uniform point in a disc is uniform
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_has_no_gradient_stays(norm):
+    x = torch.full((2, 1, 1, 2), 0.5)
+    threat = Threat(eps=0.2, step=0.1, steps=1, norm=norm, start="zero")
+    moved = ascend(lambda z: z[..., 0].flatten(1).sum(1) * torch.tensor([1.0, 0.0]), x, threat, model=LINEAR)
+    torch.testing.assert_close(moved.flatten(1), torch.tensor([[0.6, 0.5], [0.5, 0.5]]))
+
+
+def test_momentum_adds_gradients_of_length_one():
+    """Dong et al. 2018: 3/4 and 1/4, then the second gradient's -1 and 0, which turns the first pixel round."""
+    x = torch.full((1, 1, 1, 2), 0.5)
+    gradients = iter([torch.tensor([3.0, 1.0]), torch.tensor([-0.1, 0.0])])
+    threat = Threat(eps=0.4, step=0.1, steps=2, start="zero")
+    moved = ascend(lambda z: (z.flatten(1) * next(gradients)).sum(1), x, threat, model=LINEAR, momentum=1.0)
+    torch.testing.assert_close(moved.flatten(), torch.tensor([0.5, 0.7]))
 
 
 def test_best_keeps_the_highest_cost_of_each_image():

@@ -68,18 +68,24 @@ def plus_minus(accuracy: dict[str, Any]) -> str:
 
 
 def overfitting() -> Lines:
-    """Some arms of the study of robust overfitting, and what it found of them in robust accuracy."""
+    """Some arms of the study of robust overfitting, and what it found of them in robust accuracy.
+
+    The last is the average after the last epoch where one was measured.
+    """
     asked, entries = read_comparison(OVERFITTING)
-    titles = compared.columns(asked)
-    shown = [place for place, title in enumerate(titles) if title not in ("best epoch", "seconds")]
-    rows = compared.rows(asked, _in_readme(entries), asked.evaluations[0])
+    rows = []
+    for row in compared.rows(asked, _in_readme(entries), asked.evaluations[0]):
+        cells = dict(zip(compared.columns(asked), row, strict=True))
+        last = "averaged" if cells["robust averaged"] else "last"
+        shown = ("arm", "seeds", "clean best", "robust best", f"clean {last}", f"robust {last}", "trains")
+        rows.append([cells[title] for title in shown])
     said = []
     for verdict in compared.verdicts(asked, entries):  # of all arms, as p is corrected for all contrasts
-        arms = {side.partition("/")[0] for side in (verdict.contrast.first, verdict.contrast.second)}
-        if verdict.measure == "robust" and arms <= set(ARMS_IN_README):
+        pair = verdict.contrast.first, verdict.contrast.second
+        if verdict.measure == "robust" and pair in CONTRASTS_IN_README:
             said.append(f"- {verdict.contrast}")
-    cells = [[row[place] for place in shown] for row in [titles, *rows]]
-    return [image("overfitting"), "", *table(" | ".join(cells[0]), cells[1:]), "", *said]
+    heading = "arm | seeds | clean, best | robust, best | clean, last | robust, last | weights that train"
+    return [image("overfitting"), "", *table(heading, rows), "", *said]
 
 
 def overfitting_picture() -> Picture:
@@ -270,7 +276,21 @@ def every_picture() -> dict[str, Picture]:
     return found
 
 
-ARMS_IN_README = ("base", "pgd-at", "pgd-at-awp-ema", "random-awp-ema", "clat-awp-ema")
+ARMS_IN_README = (
+    "base",
+    "pgd-at",
+    "pgd-at-awp-ema",
+    "random-awp-ema",
+    "clat-awp-ema",
+    "pgd-at-awp-ema-high",
+    "clat-awp-ema-high",
+)
+CONTRASTS_IN_README = (
+    ("clat-awp-ema/last", "pgd-at/last"),
+    ("clat-awp-ema/best", "base/best"),
+    ("clat-awp-ema/best", "random-awp-ema/best"),
+    ("pgd-at-awp-ema-high/best", "base/best"),
+)
 COMPARED = ("robust-overfitting", "layer-response")  # comparisons whose results are committed
 
 TABLES: dict[str, Callable[[], Lines]] = {
