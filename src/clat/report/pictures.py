@@ -53,13 +53,11 @@ def _panels(draws: Sequence[Draw], size: tuple[float, float], *, legend: int, ti
         for axis, draw in zip(axes, draws, strict=True):
             draw(axis)
         handles, names = axes[0].get_legend_handles_labels()
-        if legend and handles:
-            place: dict[str, Any] = {"loc": "outside lower center", "title": title or None}
-            while (drawn := figure.legend(handles, names, ncols=legend, **place)) and legend > 1:
-                if drawn.get_window_extent().width <= figure.bbox.width:
-                    break
-                drawn.remove()  # too wide
-                legend -= 1
+        for columns in range(legend if handles else 0, 0, -1):  # as many as there is room for
+            drawn = figure.legend(handles, names, loc="outside lower center", ncols=columns, title=title or None)
+            if columns == 1 or drawn.get_window_extent().width <= figure.bbox.width:
+                break
+            drawn.remove()
     return figure
 
 

@@ -22,8 +22,8 @@ class Average:
         decay: of ema: the weight tau of what was averaged before; in its first steps t it is (1 + t) / (10 + t) if
             that is smaller, so that the random start is forgotten
         start: epoch, counted from 1, from which weights are averaged
-        from_start: begin with the weights that the run starts from, and do not forget them: ema then has no first steps
-            as above, and in swa they count as an epoch. For fine-tuning
+        from_start: for fine-tuning: the average begins with the weights that the run starts from and keeps its decay
+            from the first step on; in swa they count as one epoch
 
     Source: Gowal et al. 2020 (ema, with this warm-up), Izmailov et al. 2018 (swa), Wortsman et al. 2022 (from_start).
     """
