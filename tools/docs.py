@@ -62,11 +62,6 @@ def flags() -> Any:
 # From the results
 
 
-def plus_minus(accuracy: dict[str, Any]) -> str:
-    """Percent with half the 95 % interval."""
-    return f"{100 * accuracy['accuracy']:.1f} ± {50 * (accuracy['high'] - accuracy['low']):.1f}"
-
-
 def overfitting() -> Lines:
     """Some arms of the study of robust overfitting, and what it found of them in robust accuracy.
 

@@ -24,14 +24,14 @@ Draw = Callable[[Any], None]  # onto an axis
 Span = tuple[float, float, float]  # a value with the ends of its interval
 
 
-def figure_of(draw: Draw, *, height: float, width: float = WIDTH, legend: int = 0, turned: bool = False) -> Any:
+def figure_of(draw: Draw, *, height: float, legend: int = 0, turned: bool = False) -> Any:
     """One panel as a figure.
 
     Args:
         legend: most columns of the legend below; none for 0
         turned: set the labels of x upright
     """
-    figure = _panels([draw], (width, height), legend=legend)
+    figure = _panels([draw], (WIDTH, height), legend=legend)
     if turned:
         figure.axes[0].tick_params(axis="x", rotation=90)
     return figure
