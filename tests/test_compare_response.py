@@ -76,6 +76,27 @@ def test_a_ranking_that_tells_the_response_is_told_from_one_that_does_not(plan):
     assert "robust response between the first two seeds: +1.00" in text
 
 
+def test_a_seed_that_has_not_trained_all_layers_yet_waits(plan):
+    whole = entries(plan)
+    started = [entry for entry in whole if entry["seed"] == 0 or entry["arm"] in ("base", "a", "b", "c", "good")]
+    first = [entry for entry in whole if entry["seed"] == 0]
+    text = "\n".join(layers_alone(plan, started))
+    assert "| `conv1` | +4.0, +2.0 |" in text
+    assert "| `linear` | +6.0,  |" in text
+    (told,) = (line for line in text.splitlines() if line.startswith("| good |"))
+    assert told in layers_alone(plan, first)[-1]
+
+
+def test_layers_are_compared_in_one_order_whatever_the_order_in_which_a_seed_lists_them(plan):
+    found = entries(plan)
+    expected = layers_alone(plan, found)
+    for entry in found:
+        if entry["arm"] == "good" and entry["seed"] == 1:
+            (selection,) = entry["selected"]
+            selection["measured"] = dict(reversed(selection["measured"].items()))
+    assert layers_alone(plan, found) == expected
+
+
 def test_the_page_draws_the_responses_and_lists_the_rankings(plan):
     (start,) = starts(plan, entries(plan))
     section = section_of(start, "key")

@@ -4,7 +4,7 @@ Arms that train one listed layer are compared with the checkpoint that they star
 response. Arms from the same checkpoint that chose their layers by a ranking recorded what it measured of every layer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,12 +82,15 @@ def _measured(entries: Sequence[Entry], arm: Arm) -> BySeed:
     return {entry["seed"]: values for entry in own if (values := entry["selected"][0].get("measured"))}
 
 
-def _paired(first: BySeed, second: BySeed) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """The values of the layers that both have, seed by seed."""
-    for seed in sorted(first.keys() & second.keys()):
-        layers = [layer for layer in first[seed] if layer in second[seed]]
-        if len(layers) > 2:
-            yield np.array([first[seed][each] for each in layers]), np.array([second[seed][each] for each in layers])
+def _paired(first: BySeed, second: BySeed) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """The values of the layers that both have, seed by seed, the layers in one order; seeds that lack some wait."""
+    shared = {seed: first[seed].keys() & second[seed].keys() for seed in sorted(first.keys() & second.keys())}
+    layers = sorted(max(shared.values(), key=len, default=()))
+    if len(layers) < 3:
+        return []
+    whole = [seed for seed, there in shared.items() if there == set(layers)]
+    return [(np.array([first[seed][each] for each in layers]), np.array([second[seed][each] for each in layers]))
+            for seed in whole]  # fmt: skip
 
 
 def layers_alone(comparison: Comparison, entries: Sequence[Entry]) -> list[str]:
@@ -111,7 +114,7 @@ def _paragraphs(start: Start) -> list[str]:
     tables += differ(start)
     if len(seeds) > 1:
         pair = [{0: robust[seed]} for seed in seeds[:2]]
-        found = rank_correlation(list(_paired(*pair)))
+        found = rank_correlation(_paired(*pair))
         tables.append(f"Rank correlation of the robust response between the first two seeds: {found}.")
     if rows := [[plain(name), *map(str, found.values())] for name, found in correlations(start).items()]:
         tables.append("Rank correlation (Spearman) of what each ranking measured before with the response after:")
@@ -122,7 +125,7 @@ def _paragraphs(start: Start) -> list[str]:
 def correlations(start: Start) -> dict[str, dict[str, RankCorrelation]]:
     """How well what each ranking measured before tells each response after."""
     return {
-        ranking: {name: rank_correlation(list(_paired(values, each))) for name, each in start.responses.items()}
+        ranking: {name: rank_correlation(_paired(values, each)) for name, each in start.responses.items()}
         for ranking, values in start.rankings.items()
     }
 
