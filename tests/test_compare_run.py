@@ -152,10 +152,13 @@ def test_the_result_holds_what_the_run_folders_and_evaluations_say(whole):
     clat = found["units"][-1]
     assert 0 < clat["trainable"] < 0.5 * clat["parameters"]
     assert clat["selected"][0]["layers"]
+    _, one, two, _ = found["units"]
+    assert one["flops"] == two["flops"] > 0
     assert clat["start"] == found["units"][1]["weights"]["best"]
     page = (whole / "out/table.md").read_text()
     assert page.count("\n| ") == 5
     assert "Does it run?" in page
+    assert f" | {one['flops'] / 1e12:.3g} | " in page
     assert (whole / "out/curves.png").stat().st_size > 5000
 
 

@@ -53,6 +53,8 @@ def _check(entry: Entry) -> None:
     str(entry["arm"] + entry["model"] + entry["start"] + entry["data"]["sha256"])
     for key in ("seed", "epochs", "trainable", "parameters", "peak_memory_bytes"):
         _require(type(entry[key]) is int and entry[key] >= 0, key)
+    flops = entry.get("flops", 0)  # none in entries of before it was counted
+    _require(type(flops) is int and flops >= 0, "flops")
     _require(type(entry["seconds"]) in (int, float) and 0 <= entry["seconds"] < math.inf, "seconds")
     _require(isinstance(entry["recipe"], dict) and isinstance(entry["environment"], dict), "recipe or environment")
     _require(all(isinstance(digest, str) for digest in entry["weights"].values()), "weights")

@@ -86,7 +86,7 @@ def columns(comparison: Comparison) -> list[str]:
     """The headings of the arms' table."""
     checkpoints = _checkpoints(comparison)
     return ["arm", "seeds", *(f"{name} {each}" for each in checkpoints for name in ("clean", "robust")),
-            "best epoch", "seconds", "trains"]  # fmt: skip
+            "best epoch", "seconds", "TFLOPs", "trains"]  # fmt: skip
 
 
 def rows(comparison: Comparison, entries: Sequence[Entry], evaluation: Evaluation) -> list[list[str]]:
@@ -108,6 +108,7 @@ def _row(arm: Arm, entries: Sequence[Entry], evaluation: Evaluation, checkpoints
     share = max(entry["trainable"] / entry["parameters"] for entry in entries)
     cells.append(_spread([entry["best"]["epoch"] for entry in entries], "{:.0f}"))
     cells.append(_spread([entry["seconds"] for entry in entries], "{:.0f}"))
+    cells.append(_spread([entry["flops"] / 1e12 for entry in entries if "flops" in entry], "{:.3g}"))
     return [*cells, f"{100 * share:.1f} %"]
 
 

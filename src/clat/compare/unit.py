@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,6 +25,7 @@ from clat.evaluation.evaluate import evaluate
 from clat.files import digest_of, write_sealed, write_text
 from clat.network import fingerprint, tensors
 from clat.text import plain
+from clat.training.flops import training_flops
 from clat.training.runs import Run
 from clat.tuners.selection import Selection
 
@@ -157,7 +159,9 @@ def finish(
             model = open_checkpoint(_there(unit, checkpoint))
             found = measure(model, images, evaluation, unit.run.folder / "evaluations", device)
             evaluations.append({"checkpoint": checkpoint, **found})
-    entry = {**_facts(unit), "evaluations": evaluations}
+    last = partial(open_checkpoint, _there(unit, "last"))
+    flops = training_flops(unit.run, load("train"), last, device)
+    entry = {**_facts(unit), "flops": flops, "evaluations": evaluations}
     write_sealed(unit.entry, entry)
     return entry
 
