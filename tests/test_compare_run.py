@@ -296,7 +296,9 @@ def test_a_damaged_result_is_refused(whole, capsys):
     assert said.count("\n") == 1
     path.write_text("{")
     assert compare(whole) == 2
-    assert "is not a readable result" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is not a readable result" in said
+    assert said.endswith("; put it back from a copy, or move it away.")
 
 
 def test_two_engines_on_one_folder(whole, capsys):

@@ -120,11 +120,14 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Reads what ``write_sealed`` wrote. Raises InputError if it is damaged."""
-    content = parse_json(read_text(path, "result"), path, "result")
+    remedy = "put it back from a copy, or move it away"
+    try:
+        content = parse_json(read_text(path, "result"), path, "result")
+    except InputError as error:
+        raise InputError(f"{str(error).removesuffix('.')}; {remedy}.") from error
     if not isinstance(content, dict) or content.pop("digest", None) != digest_of(content):
         raise InputError(
-            f"{plain(path)} is damaged or was changed by hand: its content does not match its digest; put it back from "
-            "a copy, or move it away."
+            f"{plain(path)} is damaged or was changed by hand: its content does not match its digest; {remedy}."
         )
     return content
 
