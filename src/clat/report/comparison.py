@@ -223,11 +223,16 @@ def learning(entries: Sequence[Entry], key: str) -> Section | None:
             for epoch in range(max(map(len, curves.values())))
         ]
         numbers = Table(f"Held-out {measure} accuracy %, mean over seeds", ("epoch", *curves), tuple(body))
-        height = 3.2 + 0.17 * ((len(arms) + 2) // 3)
+        crowded = len(arms) > pictures.CROWDED
+        height = 1.1 + 0.32 * len(arms) if crowded else 3.2 + 0.17 * ((len(arms) + 2) // 3)
         figure = pictures.figure_of(draw, height=height, legend=3)
-        trained = any(f"train_{measure}" in entry["curves"] for entry in entries)
-        thin = " Thin: training images, measured in the same way." if trained else ""
-        caption = f"Lines: mean over seeds; bands: from the lowest to the highest.{thin}"
+        caption = "Lines: mean over seeds; bands: from the lowest to the highest."
+        if crowded:
+            caption = (
+                "Points: mean over seeds; lines: from the lowest seed to the highest. The numbers have every epoch."
+            )
+        elif any(f"train_{measure}" in entry["curves"] for entry in entries):
+            caption += " Thin: training images, measured in the same way."
         drawn.append(picture(figure, f"{key}-learning-{measure}", alt, caption, numbers))
     return Section("Learning", (), (Pictures(tuple(drawn)),))
 

@@ -16,6 +16,7 @@ KINDS = (".png", ".pdf", ".svg")
 WIDTH = 4.5  # inches of a picture on a page, so that it fits a phone
 LONGEST = 26  # letters of a name in a picture
 DENSE = 40  # rows from which on they stand closer
+CROWDED = 8  # arms whose curves still tell apart
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = tuple((style, colour) for style in ("-", "--", ":", "-.") for colour in SERIES)
@@ -133,9 +134,7 @@ def _words(curve: Curve) -> tuple[str, str]:
 
 
 def draw_learning(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Held-out accuracy by epoch, a panel each for clean and robust, a line for each arm with the range of its seeds.
-
-    Training accuracy is a thinner line where the runs recorded it.
+    """Held-out accuracy by epoch, a panel each for clean and robust, as ``arms_panel`` draws it.
 
     Args:
         entries: the units of a comparison's result
@@ -145,20 +144,32 @@ def draw_learning(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     check_picture(path)
     draws = [arms_panel(entries, measure) for measure in ("clean", "robust")]
-    figure = _panels(draws, (9.4, 4.4), legend=4, title="Lines: mean over seeds; bands: their range")
+    count = len({entry["arm"] for entry in entries})
+    height = 4.4 if count <= CROWDED else 1.1 + 0.26 * count
+    figure = _panels(draws, (9.4, height), legend=4, title="Mean over seeds, and their range")
     _write(figure, path, dpi=150)
 
 
 def arms_panel(entries: Sequence[Mapping[str, Any]], measure: str) -> Draw:
-    """A line for each arm with the range of its seeds."""
+    """A line for each arm with the range of its seeds; a thinner one for training accuracy, where it was recorded.
+
+    Where there are too many arms to tell apart: the epoch with the highest mean, and the last one.
+    """
+    arms = dict.fromkeys(entry["arm"] for entry in entries)
+    if len(arms) > CROWDED:
+        curves = [list(by_epoch([e["curves"][measure] for e in entries if e["arm"] == arm])) for arm in arms]
+        ends = {
+            "highest epoch": [max(at, key=lambda span: span[1]) for at in curves],
+            "last": [at[-1] for at in curves],
+        }
+        spans = {name: [(100 * mean, 100 * low, 100 * high) for low, mean, high in at] for name, at in ends.items()}
+        return intervals_panel(list(arms), spans, f"{measure}, held-out images (%)")
 
     def draw(axis: Any) -> None:
-        arms = dict.fromkeys(entry["arm"] for entry in entries)
         for arm, (dash, colour) in zip(arms, cycle(_LINES), strict=False):
             own = [entry["curves"] for entry in entries if entry["arm"] == arm]
             for key, width in ((measure, 1.6), (f"train_{measure}", 0.7)):
-                curves = [curve[key] for curve in own if key in curve]
-                at = list(by_epoch(curves))
+                at = list(by_epoch([curve[key] for curve in own if key in curve]))
                 if not at:
                     continue
                 epochs = range(1, len(at) + 1)
