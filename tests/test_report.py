@@ -25,8 +25,9 @@ from clat.evaluation.trust.record import read_verdict, write_verdict
 from clat.models import build_model
 from clat.objectives import Clat
 from clat.report.blocks import side_by_side
+from clat.report.comparison import learning
 from clat.report.page import LARGEST, html, markdown, write_page
-from clat.report.pictures import figure_of, intervals_panel
+from clat.report.pictures import arms_panel, figure_of, intervals_panel
 from clat.report.reading import told
 from clat.report.records import records_in
 from clat.report.run import run_page
@@ -371,3 +372,23 @@ def test_a_legend_lies_within_its_picture(letters, most):
     assert extent.x1 <= figure.bbox.width
     columns = {round(text.get_window_extent().x0) for text in legend.get_texts()}
     assert len(columns) == most
+
+
+def test_curves_of_many_arms_become_their_highest_and_last_epoch():
+    def drawn(arms: int):
+        entries = [
+            {"arm": f"arm {arm}", "curves": {"clean": [0.5, 0.6, 0.55], "robust": [0.3, 0.3 + arm / 100, 0.2]}}
+            for arm in range(arms)
+        ]
+        (axis,) = figure_of(arms_panel(entries, "robust"), height=4).axes
+        return axis, learning(entries, "key").blocks[0].pictures[1]
+
+    axis, shown = drawn(8)
+    assert [line.get_label() for line in axis.lines] == [f"arm {arm}" for arm in range(8)]
+    assert shown.caption.startswith("Lines")
+    axis, shown = drawn(9)
+    assert [text.get_text() for text in axis.get_yticklabels()] == [f"arm {arm}" for arm in range(9)]
+    points = sorted((round(line.get_xdata()[0]), round(line.get_ydata()[0])) for line in axis.lines)
+    assert points == sorted([(20, arm) for arm in range(9)] + [(30 + arm, arm) for arm in range(9)])
+    assert shown.caption.endswith("The numbers have every epoch.")
+    assert len(shown.table.rows) == 3
