@@ -77,10 +77,11 @@ def contrasts(found: Sequence[Verdict], key: str) -> Section | None:
         names = [(each.contrast.first, each.contrast.second) for each in own]
         differences = (verdict.contrast.difference for verdict in own)
         spans = [(100 * each.mean, 100 * each.low, 100 * each.high) for each in differences]
-        draw = pictures.forest_panel(names, spans, f"difference in {measure} accuracy (points)")
+        apart = [each.contrast.found for each in own]
+        draw = pictures.forest_panel(names, spans, apart, f"difference in {measure} accuracy (points)")
         alt = f"Differences in {measure} accuracy. {' '.join(f'{each.contrast}.' for each in own)}"
         figure = pictures.figure_of(draw, height=0.8 + 0.42 * len(own))
-        caption = f"{measure.capitalize()}: above zero the first is better. Filled: the 95 % interval leaves zero out."
+        caption = f"{measure.capitalize()}: above zero the first is better. Filled: found, p (Holm) up to 0.05."
         drawn.append(picture(figure, f"{key}-{measure}", alt, caption, _numbers(measure, own)))
     heading = ("measure", "first", "against", "points", "p (Holm)", "verdict")
     answered = [(words(each.measure), *_difference(each), words(_short_verdict(each))) for each in found]
@@ -98,9 +99,9 @@ def _difference(verdict: Verdict) -> tuple[Cell, ...]:
 
 def _short_verdict(verdict: Verdict) -> str:
     contrast, found = verdict.contrast, verdict.contrast.difference
-    better = contrast.first if found.mean >= 0 else contrast.second
-    parts = [f"{better} is better" if contrast.found else "inside noise"]
-    parts += ["one seed only"] if len(found.seeds) == 1 else []
+    better = "first is better" if found.mean >= 0 else "first is worse"
+    parts = [better if contrast.found else "inside noise"]
+    parts += ["1 seed"] if len(found.seeds) == 1 else []
     parts += ["the seeds scatter"] if found.scattered else []
     return ", ".join(parts)
 

@@ -288,8 +288,8 @@ def pairs_panel(rows: Sequence[str], before: Sequence[float], after: Sequence[fl
     return draw
 
 
-def forest_panel(rows: Sequence[tuple[str, str]], differences: Sequence[Span], x: str) -> Draw:
-    """Differences with their intervals around zero; filled where the interval leaves zero out.
+def forest_panel(rows: Sequence[tuple[str, str]], differences: Sequence[Span], found: Sequence[bool], x: str) -> Draw:
+    """Differences with their intervals around zero; filled where one is found.
 
     Args:
         rows: what is compared with what, one above the other
@@ -298,8 +298,7 @@ def forest_panel(rows: Sequence[tuple[str, str]], differences: Sequence[Span], x
 
     def draw(axis: Any) -> None:
         axis.axvline(0, color=SOFT, lw=0.9)
-        for place, (mean, low, high) in enumerate(differences):
-            apart = low > 0 or high < 0
+        for place, ((mean, low, high), apart) in enumerate(zip(differences, found, strict=True)):
             axis.hlines(place, low, high, color=ACCENT, lw=1.8)
             axis.plot([mean], [place], "o", color=ACCENT, mfc=ACCENT if apart else "none", ms=5.5, mew=1.4)
         axis.set_ylim(len(rows) - 0.4, -0.6)
