@@ -120,7 +120,7 @@ def test_the_best_checkpoint_is_the_average_and_a_killed_run_ends_the_same(avera
     assert all(same_bits(tensor, best[name]) for name, tensor in load_tensors(killed.best)[0].items())
 
 
-@pytest.mark.parametrize("keys", [{"kind": "mean"}, {"decay": 1.0}, {"start": 0}])
+@pytest.mark.parametrize("keys", [{"kind": "mean"}, {"decay": 1.0}, {"decay": 0.0}, {"start": 0}])
 def test_values_out_of_range_are_refused(keys):
     with pytest.raises(InputError, match="average"):
         Average(**keys)
