@@ -243,10 +243,15 @@ def test_a_result_that_is_asked_for_no_more_is_kept(whole, begun, capsys):
     assert "base-0, clat-0, one-0, two-0: of another recipe, start or evaluation; the result is kept as result-" in said
 
 
-def test_only_some_arms_and_other_seeds(tmp_path, begun):
+def test_only_some_arms_and_other_seeds(tmp_path, begun, capsys):
     assert compare(tmp_path, TINY, "--only", "one", "--seeds", "3", "4") == 0
     assert begun == ["base-3", "one-3", "base-4", "one-4"]
+    capsys.readouterr()
     assert compare(tmp_path, TINY, "--only", "two", "--seeds", "4", "--jobs", "2") == 0
+    plan, _, _ = " ".join(capsys.readouterr().out.split()).partition("two-4: training")
+    assert "base pgd-at" in plan
+    assert "clat" not in plan
+    assert "Contrasts: one/best against two/best 1 unit left" in plan
     assert begun[4:] == ["two-4"]
     found = result(tmp_path)
     assert found["seeds"] == {"base": [3, 4], "one": [3, 4], "two": [4], "clat": []}

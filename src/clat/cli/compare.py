@@ -131,7 +131,7 @@ def _show_plan(
     for heading in ("arm", "recipe", "from", "epochs", "seeds left", "each"):
         table.add_column(heading, justify="left" if heading in ("arm", "recipe", "from") else "right")
     total = 0.0
-    for arm in comparison.arms:
+    for arm in (arm for arm in comparison.arms if arm.name in progress.arms):
         waiting = [unit for unit in left if unit.arm.name == arm.name]
         seconds = partial(unit_seconds, comparison, arm, times, len(data), len(data.classes))
         total += sum(seconds(trained=unit.epochs) for unit in waiting)
@@ -143,10 +143,14 @@ def _show_plan(
     for each, wanted in zip(comparison.evaluations, progress.wanted, strict=True):
         how = f"{each.tier} tier, eps {255 * each.eps:.3g}/255, {wanted['evaluation']['images']:,} {each.of} images"
         console.print(f"Evaluation: {how}", highlight=False)
-    pairs = ", ".join(f"{first} against {second}" for first, second in comparison.contrasts)
+    runs = {unit.arm.name for unit in left} or set(progress.arms)
+    pairs = ", ".join(f"{one} against {two}" for one, two in comparison.contrasts if {one.arm, two.arm} & runs)
     console.print(plain(f"Contrasts: {pairs or 'none'}"), highlight=False)
     beside = f", {jobs} at a time" if jobs > 1 else ""
-    console.print(f"{len(left)} units left{beside}: about {duration(total / jobs)}. {HOW}", highlight=False)
+    console.print(
+        f"{len(left)} unit{'' if len(left) == 1 else 's'} left{beside}: about {duration(total / jobs)}. {HOW}",
+        highlight=False,
+    )
 
 
 def _report(progress: Progress) -> None:
