@@ -23,6 +23,9 @@ from clat.training.recipe import Recipe
 from clat.training.runs import Run
 from clat.tuners.selection import Selection
 
+# Images that operations are counted on, and twice as many: a whole batch may need more memory than it had in training.
+FEW = 4
+
 
 def training_flops(
     run: Run, data: Dataset, network: Callable[[], nn.Module], device: torch.device | str | None = None
@@ -32,17 +35,24 @@ def training_flops(
     Args:
         data: the training split that it ran on
         network: gives the run's network, a new one each time
-        device: where a batch is trained on to count them
+        device: where a few images are trained on to count them
     """
     recipe, selections, epochs = Recipe.from_keys(run.recipe), run.selections, run.result["epochs"]
     places, _ = split(len(data), recipe.holdout, recipe.holdout_seed, recipe.images)
     size, place = min(recipe.batch_size, len(places)), torch.device(device or "cpu")
-    pixels, y = next(data.subset(places[:size]).to(place).batches(size, workers=0))
+    pixels, y = next(data.subset(places[: 2 * FEW]).to(place).batches(2 * FEW, workers=0))
+    x = to_unit(pixels)
+
+    def counted(recipe: Recipe, number: int, images: int) -> int:
+        return batch_flops(recipe, network().to(place), selections[number], x[:images], y[:images])
 
     @cache
     def of_batch(number: int, awp: bool) -> int:
         ran = recipe if awp else replace(recipe, awp=None)
-        return batch_flops(ran, network().to(place), selections[number], to_unit(pixels), y)
+        if size <= 2 * FEW:
+            return counted(ran, number, size)
+        few, more = counted(ran, number, FEW), counted(ran, number, 2 * FEW)
+        return more + (more - few) * (size - 2 * FEW) // FEW  # what does not grow with the images is in both
 
     total = 0
     for epoch in range(1, epochs + 1):
