@@ -144,7 +144,9 @@ def _show_plan(
         how = f"{each.tier} tier, eps {255 * each.eps:.3g}/255, {wanted['evaluation']['images']:,} {each.of} images"
         console.print(f"Evaluation: {how}", highlight=False)
     runs = {unit.arm.name for unit in left} or set(progress.arms)
-    pairs = ", ".join(f"{one} against {two}" for one, two in comparison.contrasts if {one.arm, two.arm} & runs)
+    known = runs | {entry["arm"] for entry in progress.finished()}
+    answered = [pair for pair in comparison.contrasts if (arms := {side.arm for side in pair}) <= known and arms & runs]
+    pairs = ", ".join(f"{one} against {two}" for one, two in answered)
     console.print(plain(f"Contrasts: {pairs or 'none'}"), highlight=False)
     beside = f", {jobs} at a time" if jobs > 1 else ""
     console.print(
