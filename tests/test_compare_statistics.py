@@ -159,7 +159,7 @@ def test_verdicts_in_words():
         "A is better than B by 1.3 points [0.4, 2.2]",
         "C is better than B by 1.3 points [0.4, 2.2]",
         "no difference found between A and C (A +0.2 points [-0.5, 0.9], inside noise)",
-        "no difference found between C and D (C +2.0 points [0.1, 3.9], inside noise)",
+        "no difference found between C and D (C +2.0 points [0.1, 3.9], inside the noise of so many contrasts)",
         "D is better than E by 3.0 points [1.0, 5.0]; one seed, so another may say otherwise",
         "no difference found between E and F (E +3.0 points [-1.0, 7.0], inside noise); the seeds differ by more than "
         "chance, run more of them",

@@ -75,10 +75,12 @@ def test_attention_is_counted():
     assert batch_flops(recipe, network, chosen, images, y) / 4 == 3 * forward - 2 * 5 * 8 * 24
 
 
-def test_a_run_counts_each_epoch_as_it_trained(tmp_path):
-    data, recipe = noise(), replace(RECIPE, objective=PgdAt(), awp=Awp(warmup=1), tuner=Critical(every=2))
+@pytest.mark.parametrize(("size", "batches"), [(32, 2), (6, 10)])  # of 64 images
+def test_a_run_counts_each_epoch_as_it_trained(size, batches, tmp_path):
+    data, awp = noise(), Awp(warmup=1)
+    recipe = replace(RECIPE, objective=PgdAt(), awp=awp, tuner=Critical(every=2), batch_size=size)
     run = train(recipe, small(), data, out=tmp_path / "run")
-    x, y = data.pixels[:32] / 255, data.labels[:32]
+    x, y = data.pixels[:size] / 255, data.labels[:size]
     first, second = run.selections
     assert (first.epoch, second.epoch) == (1, 3)
     without = replace(recipe, awp=None)
@@ -86,4 +88,4 @@ def test_a_run_counts_each_epoch_as_it_trained(tmp_path):
         batch_flops(ran, small(), selection, x, y)
         for ran, selection in ((without, first), (recipe, first), (recipe, second))
     ]
-    assert training_flops(run, data, small) == 2 * sum(each)  # 64 images are two batches
+    assert training_flops(run, data, small) == batches * sum(each)

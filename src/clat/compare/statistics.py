@@ -208,6 +208,12 @@ class Contrast:
     def found(self) -> bool:
         return self.p <= LEVEL
 
+    @property
+    def noise(self) -> str:
+        """What a difference that was not found lies inside: with many contrasts, some intervals miss 0 by chance."""
+        alone = self.difference.low <= 0 <= self.difference.high
+        return "inside noise" if alone else "inside the noise of so many contrasts"
+
     def __str__(self) -> str:
         """The verdict in words: "A is better than B by 1.3 points [0.4, 2.2]", for example."""
         found = self.difference
@@ -217,7 +223,7 @@ class Contrast:
         if self.found:
             text = f"{better} is better than {worse} by {points}"
         else:
-            text = f"no difference found between {self.first} and {self.second} ({better} +{points}, inside noise)"
+            text = f"no difference found between {self.first} and {self.second} ({better} +{points}, {self.noise})"
         if len(found.seeds) == 1:
             return f"{text}; one seed, so another may say otherwise"
         return f"{text}; the seeds differ by more than chance, run more of them" if found.scattered else text

@@ -100,7 +100,7 @@ def _difference(verdict: Verdict) -> tuple[Cell, ...]:
 def _short_verdict(verdict: Verdict) -> str:
     contrast, found = verdict.contrast, verdict.contrast.difference
     better = "first is better" if found.mean >= 0 else "first is worse"
-    parts = [better if contrast.found else "inside noise"]
+    parts = [better if contrast.found else contrast.noise]
     parts += ["1 seed"] if len(found.seeds) == 1 else []
     parts += ["the seeds scatter"] if found.scattered else []
     return ", ".join(parts)
