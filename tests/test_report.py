@@ -15,6 +15,7 @@ import yaml
 from clat.attacks import pgd_threat, restarts
 from clat.checkpoint import load_checkpoint
 from clat.cli.main import main
+from clat.compare.table import validated_how
 from clat.data.dataset import Dataset
 from clat.errors import InputError
 from clat.evaluation.evaluate import Progress, evaluate
@@ -377,7 +378,11 @@ def test_a_legend_lies_within_its_picture(letters, most):
 def test_curves_of_many_arms_become_their_highest_and_last_epoch():
     def drawn(arms: int):
         entries = [
-            {"arm": f"arm {arm}", "curves": {"clean": [0.5, 0.6, 0.55], "robust": [0.3, 0.3 + arm / 100, 0.2]}}
+            {
+                "arm": f"arm {arm}",
+                "recipe": {},
+                "curves": {"clean": [0.5, 0.6, 0.55], "robust": [0.3, 0.3 + arm / 100, 0.2]},
+            }
             for arm in range(arms)
         ]
         (axis,) = figure_of(arms_panel(entries, "robust"), height=4).axes
@@ -392,3 +397,19 @@ def test_curves_of_many_arms_become_their_highest_and_last_epoch():
     assert points == sorted([(20, arm) for arm in range(9)] + [(30 + arm, arm) for arm in range(9)])
     assert shown.caption.endswith("The numbers have every epoch.")
     assert len(shown.table.rows) == 3
+
+
+def test_arms_that_were_validated_under_different_attacks_are_named():
+    def entry(arm: str, **recipe):
+        return {"arm": arm, "recipe": recipe, "curves": {"clean": [0.5], "robust": [0.3]}}
+
+    alike = [entry("one", validation_steps=3), entry("two", validation_steps=3)]
+    other = entry("three", validation_steps=3, threat={"eps": 10 / 255, "step": 5 / 255, "steps": 1})
+    far = entry("four", validation_steps=3, threat={"eps": 0.5, "step": 0.1, "norm": "l2"})
+    assert validated_how(alike) == ""
+    said = validated_how([*alike, other, far])
+    assert "All had PGD-3, linf eps 7.65/255, step" in said
+    assert "three: PGD-3, linf eps 10/255, step 2.5/255; four: PGD-3, l2 eps 0.5, step 0.1." in said
+    clean, robust = learning([*alike, other], "key").blocks[0].pictures
+    assert "three: PGD-3" in robust.caption
+    assert "PGD" not in clean.caption + learning(alike, "key").blocks[0].pictures[1].caption

@@ -19,7 +19,7 @@ from clat.compare.file import load_comparison
 from clat.compare.plan import Comparison
 from clat.compare.response import layers_alone
 from clat.compare.run import RESULT, Progress, begin, carry_out, locked
-from clat.compare.table import columns, lines_of, markdown, measured_how, rows, verdicts
+from clat.compare.table import columns, lines_of, markdown, measured_how, rows, validated_how, verdicts
 from clat.compare.unit import Unit
 from clat.data.dataset import Dataset
 from clat.errors import InputError
@@ -169,6 +169,8 @@ def _report(progress: Progress) -> None:
         for row in rows(comparison, entries, evaluation):
             table.add_row(Name(row[0]), *row[1:])
         console.print(table, highlight=False)
+    if how := validated_how(entries):
+        console.print(plain(how), highlight=False)
     for verdict in verdicts(comparison, entries):
         first, *rest = lines_of(verdict)
         console.print(plain(first), highlight=False)

@@ -11,6 +11,7 @@ from clat.compare.plan import Arm, Comparison, Evaluation, Side
 from clat.compare.result import Entry
 from clat.compare.statistics import Contrast, Outcomes, contrasts, paired_difference, unpack
 from clat.text import plain
+from clat.training.recipe import Recipe
 
 MEASURES = ("robust", "clean")
 
@@ -136,6 +137,30 @@ def measured_how(comparison: Comparison, entries: Sequence[Entry], evaluation: E
     return f"{evaluation.tier} tier"
 
 
+def validated_how(entries: Sequence[Entry]) -> str:
+    """Which attack each arm's held-out images were under, where they differ; empty where all had the same one.
+
+    The best checkpoint is chosen by it, and it is what the learning curves show.
+    """
+    arms: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        keys = {key: entry["recipe"][key] for key in ("threat", "validation_steps") if key in entry["recipe"]}
+        threat = Recipe.from_keys(keys).validation_threat
+        eps, step = (
+            f"{255 * length:.3g}/255" if threat.norm == "linf" else f"{length:.3g}"
+            for length in (threat.radius, threat.step)
+        )
+        arms.setdefault(f"PGD-{threat.steps}, {threat.norm} eps {eps}, step {step}", {})[entry["arm"]] = None
+    if len(arms) < 2:
+        return ""
+    most = max(arms, key=lambda attack: len(arms[attack]))
+    others = "; ".join(f"{', '.join(arms[attack])}: {attack}" for attack in arms if attack != most)
+    return (
+        "The held-out images, on which the best checkpoint is chosen, were not attacked alike, so robust accuracies by "
+        f"epoch do not compare. All had {most}, but {others}."
+    )
+
+
 def lines_of(verdict: Verdict) -> list[str]:
     """A contrast in words, and the figures behind it."""
     found = verdict.contrast.difference
@@ -159,6 +184,7 @@ def markdown(comparison: Comparison, entries: Sequence[Entry], more: Sequence[st
     for evaluation in comparison.evaluations:
         parts.append(f"{measured_how(comparison, entries, evaluation)}. Percent; mean over seeds ± their spread.")
         parts.append(markdown_table(columns(comparison), rows(comparison, entries, evaluation)))
+    parts.append(plain(validated_how(entries)))
     found = verdicts(comparison, entries)
     if found:
         parts.append("Contrasts, fixed beforehand: paired difference with its 95 % interval over images and seeds.")

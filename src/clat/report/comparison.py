@@ -9,7 +9,7 @@ import yaml
 from clat.compare.plan import Comparison
 from clat.compare.response import Start, alone, correlations, differ, starts
 from clat.compare.result import Entry, read_entries
-from clat.compare.table import Verdict, columns, figures, lines_of, measured_how, rows, verdicts
+from clat.compare.table import Verdict, columns, figures, lines_of, measured_how, rows, validated_how, verdicts
 from clat.errors import InputError
 from clat.files import read_sealed
 from clat.report import pictures
@@ -234,6 +234,8 @@ def learning(entries: Sequence[Entry], key: str) -> Section | None:
             )
         elif any(f"train_{measure}" in entry["curves"] for entry in entries):
             caption += " Thin: training images, measured in the same way."
+        if measure == "robust" and (how := validated_how(entries)):
+            caption += f" {plain(how)}"
         drawn.append(picture(figure, f"{key}-learning-{measure}", alt, caption, numbers))
     return Section("Learning", (), (Pictures(tuple(drawn)),))
 

@@ -190,6 +190,14 @@ class Recipe:
         _check_labels(self)
         self.keys()  # what cannot be recorded is refused here, before it trains
 
+    @property
+    def validation_threat(self) -> Threat:
+        """The attack of the robust validation accuracy."""
+        threat = self.threat
+        # The single step of a one-step attack is about as long as the radius, too long for an attack of several steps.
+        length = threat.step if threat.steps > 1 else threat.radius / 4
+        return Threat(eps=threat.eps, step=length, norm=threat.norm, steps=self.validation_steps)
+
     def keys(self) -> dict[str, Any]:
         """The recipe as a file holds it: names, numbers, texts, lists and mappings of these."""
         found: dict[str, Any] = {}

@@ -11,7 +11,6 @@ from clat.compute import autocast, seeded
 from clat.data.dataset import Dataset
 from clat.evaluation.evaluate import evaluate
 from clat.network import Images, Labels
-from clat.threat import Threat
 from clat.training.job import Job
 from clat.training.recipe import Recipe
 
@@ -28,14 +27,11 @@ def accuracy(job: Job, images: Dataset | None = None) -> tuple[float, float, int
         images: this process's part of other images, to measure in their place
     """
     recipe = job.recipe
-    # The single step of a one-step attack is about as long as the radius, too long for an attack of several steps.
-    length = recipe.threat.step if recipe.threat.steps > 1 else recipe.threat.radius / 4
-    threat = Threat(eps=recipe.threat.eps, step=length, norm=recipe.threat.norm, steps=recipe.validation_steps)
     with job.averaged.swapped_in():
         found = evaluate(
             job.model,
             job.images.validation if images is None else images,
-            threat,
+            recipe.validation_threat,
             seed=recipe.seed,
             batch_size=250 if recipe.accumulate == 1 else min(250, job.images.part_size),
             workers=job.images.workers,
