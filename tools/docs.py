@@ -8,7 +8,7 @@ between the markers is never edited by hand: tests/test_docs.py fails when a tab
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import page  # noqa: E402 (found in bench/)
 from clat import build_model  # noqa: E402
 from clat.compare import table as compared  # noqa: E402
 from clat.compare.file import load_comparison  # noqa: E402
+from clat.compare.plan import Comparison  # noqa: E402
 from clat.compare.response import layers_alone  # noqa: E402
 from clat.compare.result import Entry, read_entries  # noqa: E402
 from clat.evaluation.accuracy import Accuracy  # noqa: E402
@@ -69,23 +70,32 @@ def overfitting() -> Lines:
     """
     asked, entries = read_comparison(OVERFITTING)
     rows = []
-    for row in compared.rows(asked, _in_readme(entries), asked.evaluations[0]):
-        cells = dict(zip(compared.columns(asked), row, strict=True))
+    for cells in cells_of_arms(asked, [entry for entry in entries if entry["arm"] in ARMS_IN_README]):
         last = "averaged" if cells["robust averaged"] else "last"
         shown = ("arm", "seeds", "clean best", "robust best", f"clean {last}", f"robust {last}", "trains")
         rows.append([cells[title] for title in shown])
-    said = []
-    for verdict in compared.verdicts(asked, entries):  # of all arms, as p is corrected for all contrasts
-        pair = verdict.contrast.first, verdict.contrast.second
-        if verdict.measure == "robust" and pair in CONTRASTS_IN_README:
-            said.append(f"- {verdict.contrast}")
     heading = "arm | seeds | clean, best | robust, best | clean, last | robust, last | weights that train"
+    said = robust_contrasts(asked, entries, CONTRASTS_IN_README)
     return [image("overfitting"), "", *table(heading, rows), "", *said]
+
+
+def cells_of_arms(asked: Comparison, entries: list[Entry]) -> list[dict[str, str]]:
+    """The arms' table of a comparison, one row an arm, by the columns' headings."""
+    rows = compared.rows(asked, entries, asked.evaluations[0])
+    return [dict(zip(compared.columns(asked), row, strict=True)) for row in rows]
+
+
+def robust_contrasts(asked: Comparison, entries: list[Entry], wanted: Container[tuple[str, str]]) -> Lines:
+    """What was found of these pairs in robust accuracy; p is corrected for all pairs of the comparison."""
+    found = [verdict.contrast for verdict in compared.verdicts(asked, entries) if verdict.measure == "robust"]
+    return [f"- {contrast}" for contrast in found if (contrast.first, contrast.second) in wanted]
 
 
 def overfitting_picture() -> Picture:
     """Held-out robust accuracy by epoch, of the arms that go on from the base."""
-    entries = [entry for entry in _in_readme(read_comparison(OVERFITTING)[1]) if entry["arm"] != "base"]
+    entries = [
+        entry for entry in read_comparison(OVERFITTING)[1] if entry["arm"] in ARMS_IN_README and entry["arm"] != "base"
+    ]
     held_out = [{**entry, "curves": {name: entry["curves"][name] for name in ("clean", "robust")}} for entry in entries]
     section = learning(held_out, "overfitting")
     assert section is not None  # the result is committed
@@ -94,20 +104,18 @@ def overfitting_picture() -> Picture:
     return drawn.pictures[-1]
 
 
-def _in_readme(entries: list[Entry]) -> list[Entry]:
-    return [entry for entry in entries if entry["arm"] in ARMS_IN_README]
-
-
 def methods() -> Lines:
     from compare_methods import markdown
 
     return markdown(results("methods")["rows"])
 
 
-def screening() -> Lines:
-    from screen import markdown
-
-    return markdown(results("screening")["rows"])
+def brief(name: str, *shown: str) -> Lines:
+    """Some columns of a comparison's table, and what it found in robust accuracy."""
+    asked, entries = read_comparison(ROOT / f"results/{name}.json")
+    rows = [[cells[title] for title in shown] for cells in cells_of_arms(asked, entries)]
+    every = [(str(first), str(second)) for first, second in asked.contrasts]
+    return [*table(" | ".join(shown), rows), "", *robust_contrasts(asked, entries, every)]
 
 
 def full_size() -> Lines:
@@ -271,27 +279,21 @@ def every_picture() -> dict[str, Picture]:
     return found
 
 
-ARMS_IN_README = (
-    "base",
-    "pgd-at",
-    "pgd-at-awp-ema",
-    "random-awp-ema",
-    "clat-awp-ema",
-    "pgd-at-awp-ema-high",
-    "clat-awp-ema-high",
-)
+ARMS_IN_README = "base pgd-at pgd-at-awp-ema random-awp-ema clat-awp-ema pgd-at-awp-ema-high clat-awp-ema-high".split()
 CONTRASTS_IN_README = (
     ("clat-awp-ema/last", "pgd-at/last"),
     ("clat-awp-ema/best", "base/best"),
     ("clat-awp-ema/best", "random-awp-ema/best"),
     ("pgd-at-awp-ema-high/best", "base/best"),
 )
+BEST_AND_LAST = ("clean best", "robust best", "clean last", "robust last")
 COMPARED = ("robust-overfitting", "layer-response")  # comparisons whose results are committed
+BRIEF = ("open-points",)  # those of which a page shows a part
 
 TABLES: dict[str, Callable[[], Lines]] = {
     "overfitting": overfitting,
     "methods": methods,
-    "screening": screening,
+    "open points": partial(brief, "open-points", "arm", "seeds", *BEST_AND_LAST, "trains"),
     "full size": full_size,
     "table 6": table_6,
     "fewer steps": fewer_steps,
