@@ -279,7 +279,8 @@ def every_picture() -> dict[str, Picture]:
     return found
 
 
-ARMS_IN_README = "base pgd-at pgd-at-awp-ema random-awp-ema clat-awp-ema pgd-at-awp-ema-high clat-awp-ema-high".split()
+ARMS_IN_README = ("base", "pgd-at", "pgd-at-awp-ema", "random-awp-ema", "clat-awp-ema", "pgd-at-awp-ema-high",
+                  "clat-awp-ema-high")  # fmt: skip
 CONTRASTS_IN_README = (
     ("clat-awp-ema/last", "pgd-at/last"),
     ("clat-awp-ema/best", "base/best"),
