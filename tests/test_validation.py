@@ -1,7 +1,7 @@
 """One validation at every door: the same value gets the same sentence in Python, in a recipe file and as a flag."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -95,6 +95,8 @@ OUT_OF_RANGE = [
     (None, "peak", 0.0), (None, "peak", 1.0), (None, "holdout", 0), (None, "holdout", -5), (None, "epochs", 0),
     (None, "epochs", 1.5), (None, "epochs", True), (None, "epochs", 2**70), (None, "epochs", [1]),
     (None, "batch_size", 0), (None, "images", 0), (None, "validation_steps", -1), (None, "seed", 2**40),
+    (None, "validation_eps", 0), (None, "validation_eps", 2), (None, "validation_eps", "wide"),
+    (None, "validation_step", -1), (None, "validation_step", "1/0"),
     (None, "milestones", [0, 3]), (None, "milestones", [3, 3]), (None, "milestones", [5, 2]),
     (None, "milestones", [1.5]), (None, "milestones", 3), (None, "augment", "maybe"), (None, "augment", 1),
     (None, "accumulate", 0), (None, "recompute", 1),
@@ -174,6 +176,21 @@ def test_numbers_come_out_as_python_numbers():
     assert Critical(k=np.float64(0.5)).k == 0.5
     assert isinstance(Critical(k=3).k, int)
     assert Recipe(milestones=[2, 4], schedule="step").milestones == (2, 4)
+
+
+def test_the_attack_on_held_out_images_is_that_of_training_unless_the_recipe_says_otherwise():
+    training = Threat(eps="10/255", step="5/255", steps=7)
+    assert Recipe(threat=training).validation_threat == replace(training, steps=10)
+    # A step of a one-step attack is about as long as the radius, so several of them are shorter.
+    one_step = Threat(eps="8/255", step="10/255", steps=1)
+    assert Recipe(threat=one_step, validation_steps=3).validation_threat == Threat(eps="8/255", step="2/255", steps=3)
+    own = {"validation_eps": "8/255", "validation_step": "4/255", "validation_steps": 3}
+    for threat in (training, one_step):
+        assert Recipe(threat=threat, **own).validation_threat == Threat(eps="8/255", step="4/255", steps=3)
+        assert Recipe(threat=threat, **own).threat == threat
+    assert Recipe(threat=one_step, validation_eps="4/255").validation_threat.step == 1 / 255
+    wide = Recipe(threat=Threat(eps=3, step=1, norm="l2"), validation_eps=2).validation_threat
+    assert (wide.norm, wide.radius) == ("l2", 2)
 
 
 def test_a_block_is_a_block():

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from clat.compare.plan import Arm, Comparison, Evaluation, Side
+from clat.compare.recipes import validated_by
 from clat.compare.result import Entry
 from clat.compare.statistics import Contrast, Outcomes, contrasts, paired_difference, unpack
 from clat.text import plain
-from clat.training.recipe import Recipe
 
 MEASURES = ("robust", "clean")
 
@@ -144,8 +144,7 @@ def validated_how(entries: Sequence[Entry]) -> str:
     """
     arms: dict[str, dict[str, None]] = {}
     for entry in entries:
-        keys = {key: entry["recipe"][key] for key in ("threat", "validation_steps") if key in entry["recipe"]}
-        threat = Recipe.from_keys(keys).validation_threat
+        threat = validated_by(entry["recipe"])
         eps, step = (
             f"{255 * length:.3g}/255" if threat.norm == "linf" else f"{length:.3g}"
             for length in (threat.radius, threat.step)
@@ -157,7 +156,7 @@ def validated_how(entries: Sequence[Entry]) -> str:
     others = "; ".join(f"{', '.join(arms[attack])}: {attack}" for attack in arms if attack != most)
     return (
         "The held-out images, on which the best checkpoint is chosen, were not attacked alike, so robust accuracies by "
-        f"epoch do not compare. All had {most}, but {others}."
+        f"epoch do not compare. {others}; all others: {most}."
     )
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clat.compare.recipes import validated_by
 from clat.evaluation.accuracy import Accuracy
 from clat.layer_names import WRAPPER
 from clat.report import pictures
@@ -11,12 +12,15 @@ from clat.report.blocks import Cell, Picture, Pictures, Section, Table, number, 
 from clat.report.examples import Examined
 from clat.report.reading import Told
 from clat.report.svg import picture
+from clat.report.words import attack_name
 from clat.tuners.order import ranked
 from clat.tuners.selection import Selection
 
 
-def steps_of(run: Told) -> Any:
-    return run.recipe.get("validation_steps", "")
+def validation_attack(run: Told) -> str:
+    """What the held-out images were under, e.g. PGD-10 linf eps 8/255."""
+    threat = validated_by(run.recipe)
+    return attack_name(f"PGD-{threat.steps}", threat)
 
 
 def held_out(entry: Mapping[str, Any], kind: str) -> Accuracy:
@@ -50,7 +54,7 @@ def learning(run: Told, key: str) -> Section:
     images = f"{last['validation_images']:,} held-out"
     if "robust, training" in lines:
         images += f" and {last['train_images']:,} training"
-    caption = f"On {images} images under PGD-{steps_of(run)}, with 95 % intervals; the ring is the best epoch."
+    caption = f"On {images} images under {validation_attack(run)}, with 95 % intervals; the ring is the best epoch."
     alt = f"Held-out accuracy over {len(run.metrics)} epochs. {said}"
     loss_alt = f"Training loss from {run.metrics[0]['loss']:.3g} to {last['loss']:.3g} over {len(run.metrics)} epochs."
     loss = pictures.loss_panel([entry["loss"] for entry in run.metrics], again_at)

@@ -9,7 +9,7 @@ import yaml
 
 from clat.report.blocks import Cell, Figure, Missing, Page, Section, Text, number, table, words
 from clat.report.examples import Examined, sections_of
-from clat.report.learning import held_out, layers, learning, steps_of
+from clat.report.learning import held_out, layers, learning, validation_attack
 from clat.report.reading import Told
 from clat.report.robustness import Network, accuracies, attack_words, ball, ends, sweeps, trust
 from clat.report.words import duration
@@ -66,7 +66,7 @@ def figures(run: Told, network: Network) -> tuple[Figure, ...]:
         images = f"{entry['validation_images']:,} held-out images, which chose the epoch"
         both = [
             ("Clean accuracy, held-out", held_out(entry, "clean"), images),
-            ("Robust accuracy, held-out", held_out(entry, "robust"), f"PGD-{steps_of(run)}, {images}"),
+            ("Robust accuracy, held-out", held_out(entry, "robust"), f"{validation_attack(run)}, {images}"),
         ]
     seconds = sum(entry["seconds"] for entry in run.metrics)
     epochs = f"{len(run.metrics)} epoch{'s' if len(run.metrics) > 1 else ''} on {run.environment.get('device')}"

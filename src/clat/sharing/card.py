@@ -49,7 +49,7 @@ def _accuracies(found: Mapping[str, Any] | None, recipe: Mapping[str, Any] | Non
     if not (0 <= clean <= 1 and 0 <= robust <= 1 and 1 <= images < 2**53):
         return ""
     rows = [Accuracy(round(share * images), int(images)) for share in (clean, robust)]
-    attack = "PGD (`threat` and `validation_steps` in the recipe below)" if recipe else "attack"
+    attack = "PGD (`threat` and the keys of validation in the recipe below)" if recipe else "attack"
     return (
         f"| on {int(images):,} held-out training images | accuracy |\n|---|---|\n| clean | {rows[0]} |\n"
         f"| under {attack} | {rows[1]} |\n\n"

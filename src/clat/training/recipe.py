@@ -18,6 +18,7 @@ from clat.inputs import (
     check_least,
     check_seed,
     check_word,
+    fraction,
     shown,
 )
 from clat.objectives import OBJECTIVES, Objective, PgdAt
@@ -91,7 +92,10 @@ class Recipe:
         holdout_seed: draws the held-out images; keep it from training to fine-tuning
         train_sample: training images that are measured after each epoch as the held-out ones are, without augmentation,
             to tell how much better the network fits what it learns from; at most as many as are held out, 0 for none
-        validation_steps: PGD steps of the robust validation accuracy
+        validation_steps: PGD steps of the robust validation accuracy, in threat's norm
+        validation_eps: eps of the robust validation accuracy; threat.eps if not given
+        validation_step: length of its steps; if not given threat.step, or a quarter of eps where the training attack
+            has one step
         select_by: the validation accuracy that makes a checkpoint the best
         health: stop at chance-level accuracy and at perturbations far below eps
         seed: of everything random in the run except the held-out images
@@ -133,6 +137,8 @@ class Recipe:
     holdout_seed: int = 0
     train_sample: int = 500
     validation_steps: int = 10
+    validation_eps: float | str | None = None
+    validation_step: float | str | None = None
     select_by: Literal["robust", "clean"] = "robust"
     health: bool = True
     seed: int = 0
@@ -187,16 +193,19 @@ class Recipe:
             raise InputError("cycle_momentum needs schedule cyclic and optimizer sgd with a momentum above 0.1.")
         if self.warmup and self.schedule == "cyclic":
             raise InputError("warmup works without the schedule cyclic, which rises from zero itself; see peak.")
+        _check_validation(self)
         _check_labels(self)
         self.keys()  # what cannot be recorded is refused here, before it trains
 
     @property
     def validation_threat(self) -> Threat:
         """The attack of the robust validation accuracy."""
-        threat = self.threat
+        eps = self.threat.radius if self.validation_eps is None else float(self.validation_eps)
         # The single step of a one-step attack is about as long as the radius, too long for an attack of several steps.
-        length = threat.step if threat.steps > 1 else threat.radius / 4
-        return Threat(eps=threat.eps, step=length, norm=threat.norm, steps=self.validation_steps)
+        step = self.threat.step if self.threat.steps > 1 else eps / 4
+        if self.validation_step is not None:
+            step = self.validation_step
+        return Threat(eps=eps, step=step, norm=self.threat.norm, steps=self.validation_steps)
 
     def keys(self) -> dict[str, Any]:
         """The recipe as a file holds it: names, numbers, texts, lists and mappings of these."""
@@ -285,6 +294,20 @@ def _check_method(kind: str, method: Any, base: type[Objective] | type[Tuner], e
     others = {_section(each) for classes in METHODS.values() for each in classes.values() if each is not owner}
     if known.get(name, owner) is not owner or _section(method) in others | annotations(Recipe).keys():
         raise InputError(f"{kind} {owner.__name__} has the name {name}, which clat has for something else; change it.")
+
+
+def _check_validation(recipe: Recipe) -> None:
+    """Makes numbers of the lengths of the validation attack. Raises InputError if it is none."""
+    for key in ("validation_eps", "validation_step"):
+        given = getattr(recipe, key)
+        if given is not None:
+            value = fraction(given)
+            if not value > 0:
+                raise InputError(f"{key} is {value}; it must be a positive number such as 8/255.")
+            object.__setattr__(recipe, key, value)
+    if recipe.threat.norm == "linf" and float(recipe.validation_eps or 0) > 1:
+        said = f"validation_eps is {recipe.validation_eps}, but pixels lie in [0, 1]"
+        raise InputError(f"{said}; for 8 grey levels write 8/255.")
 
 
 def _check_labels(recipe: Recipe) -> None:
