@@ -50,7 +50,7 @@ def test_no_picture_is_stale_or_left_over():
         assert len(files[name]) < 80_000
 
 
-@pytest.mark.parametrize("name", ["methods", "cheaper", "verdicts", "peers", "bench", "memory", "loading", "scale"])
+@pytest.mark.parametrize("name", ["methods", "verdicts", "peers", "bench", "memory", "loading", "scale"])
 def test_a_changed_result_makes_a_page_stale(name, monkeypatch):
     real = docs.results
 

@@ -27,7 +27,6 @@ from clat.compare.file import load_comparison  # noqa: E402
 from clat.compare.plan import Comparison  # noqa: E402
 from clat.compare.response import layers_alone  # noqa: E402
 from clat.compare.result import Entry, read_entries  # noqa: E402
-from clat.evaluation.accuracy import Accuracy  # noqa: E402
 from clat.evaluation.trust import CHECKS, NEEDED  # noqa: E402
 from clat.files import write_text  # noqa: E402
 from clat.layers import trace  # noqa: E402
@@ -128,19 +127,6 @@ def table_6() -> Lines:
     from table6 import markdown
 
     return markdown(results("table6"))
-
-
-def fewer_steps() -> Lines:
-    """The variants of results/cheaper.json, seeds pooled; every seed judges the same images."""
-    found = results("cheaper")
-    n, start = found["judged"], found["start"]
-    rows = [["before", "", f"{100 * start['clean'] / n:.1f}", percent(start["robust"]), ""]]
-    for row in found["rows"]:
-        changes = [each["beside_start"]["gained"] - each["beside_start"]["lost"] for each in row["seeds"]]
-        robust = ", ".join(f"{100 * Accuracy(each['robust'], n).value:.1f}" for each in row["seeds"])
-        cells = [row["variant"].split(",")[0], str(row["epochs"]), f"{100 * row['clean']:.1f}", robust]
-        rows.append([*cells, ", ".join(f"{change:+d}" for change in changes)])
-    return table("training attack | epochs | clean | robust, each seed | images gained or lost, each seed", rows)
 
 
 def verdicts() -> Lines:
@@ -289,7 +275,7 @@ CONTRASTS_IN_README = (
 )
 BEST_AND_LAST = ("clean best", "robust best", "clean last", "robust last")
 COMPARED = ("robust-overfitting", "high-rate", "layer-response")  # comparisons whose results are committed
-BRIEF = ("open-points",)  # those of which a page shows a part
+BRIEF = ("open-points", "cost")  # those of which a page shows a part
 
 TABLES: dict[str, Callable[[], Lines]] = {
     "overfitting": overfitting,
@@ -297,7 +283,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "open points": partial(brief, "open-points", "arm", "seeds", *BEST_AND_LAST, "trains"),
     "full size": full_size,
     "table 6": table_6,
-    "fewer steps": fewer_steps,
+    "cost": partial(brief, "cost", "arm", "seeds", *BEST_AND_LAST, "TFLOPs"),
     "verdicts": verdicts,
     "same attacks": same_attacks,
     "recipes": recipes,
