@@ -144,7 +144,7 @@ def test_a_densenet_that_concatenates_the_other_way_gives_the_same_outputs(tmp_p
     imported = import_weights(tmp_path / "public.pt", "dn121", **TINY["dn121"])
     assert imported.scheme.name == "kuangliu"
     x = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(imported.model(x), original(x))
+    torch.testing.assert_close(imported.model(x), original(x), rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 @pytest.fixture

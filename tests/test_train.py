@@ -261,7 +261,7 @@ def test_a_selected_layer_that_does_not_train_stops_the_run(blobs, tmp_path):
 
 
 def test_a_full_disk_loses_nothing(blobs, tmp_path, monkeypatch):
-    recipe = replace(BASE, epochs=3)
+    recipe = replace(BASE, epochs=3, health=False)  # on some CPUs two epochs in bf16 learn nothing yet
     whole = train(recipe, network(), blobs, out=tmp_path / "whole")
     real = os.replace
 

@@ -19,6 +19,8 @@ ADDED = {  # keys of a recipe that the runs of earlier versions lack
     "patience",
     "recompute",
     "train_sample",
+    "validation_eps",
+    "validation_step",
     "warm_start",
     "warmup",
 }
