@@ -252,8 +252,11 @@ def comparison_pictures(name: str) -> dict[str, Picture]:
 
 
 def image(name: str) -> str:
-    """The line of a page that shows a picture; pages in docs/ name it from there."""
-    return f"![{every_picture()[name].alt}]({'' if name.startswith(COMPARED) else 'docs/'}pictures/{name}.svg)"
+    """The line of a page that shows a picture; pages in docs/ name it from there, and have its figures beside it."""
+    alt = every_picture()[name].alt
+    if name.startswith(COMPARED):
+        return f"![{re.split('[.:] ', alt)[0]}](pictures/{name}.svg)"
+    return f"![{alt}](docs/pictures/{name}.svg)"
 
 
 @cache
