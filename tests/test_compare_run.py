@@ -25,7 +25,7 @@ from clat.compare import estimate
 from clat.compare.file import comparison, load_comparison
 from clat.compare.run import locked
 from clat.compare.statistics import pack, power, simulated, unpack
-from clat.compare.table import verdicts
+from clat.compare.table import rows, verdicts
 from clat.data.dataset import Dataset
 from clat.files import read_sealed
 from clat.training.batches import split
@@ -160,6 +160,16 @@ def test_the_result_holds_what_the_run_folders_and_evaluations_say(whole):
     assert "Does it run?" in page
     assert f" | {one['flops'] / 1e12:.3g} | " in page
     assert (whole / "out/curves.png").stat().st_size > 5000
+
+
+def test_the_share_that_trains_is_told_from_the_lowest_seed_to_the_highest(whole):
+    plan, entries = comparison(TINY), result(whole)["units"]
+    clat = entries[-1]
+    more = {**clat, "seed": 1, "trainable": clat["parameters"]}
+    share = f"{100 * clat['trainable'] / clat['parameters']:.1f}"
+    assert [row[-1] for row in rows(plan, [*entries, more], plan.evaluations[0])] == [
+        "100.0 %", "100.0 %", "100.0 %", f"{share} to 100.0 %",
+    ]  # fmt: skip
 
 
 def test_arms_that_differ_in_nothing_come_out_as_no_difference(whole):

@@ -91,7 +91,11 @@ def columns(comparison: Comparison) -> list[str]:
 
 
 def rows(comparison: Comparison, entries: Sequence[Entry], evaluation: Evaluation) -> list[list[str]]:
-    """A row for each arm that has an entry: means over seeds and the spread (standard deviation) between them."""
+    """A row for each arm that has an entry: means over seeds and the spread (standard deviation) between them.
+
+    The last cell is the share of the parameters that train: in each run the most that do so at a time, over seeds from
+    the lowest to the highest.
+    """
     found = []
     for arm in comparison.arms:
         own = [entry for entry in entries if entry["arm"] == arm.name]
@@ -106,11 +110,11 @@ def _row(arm: Arm, entries: Sequence[Entry], evaluation: Evaluation, checkpoints
         measured = [found for entry in entries if (found := figures(entry, evaluation, checkpoint))]
         for measure in ("clean", "robust"):
             cells.append(_spread([100 * each[measure] / each["evaluation"]["images"] for each in measured], "{:.1f}"))
-    share = max(entry["trainable"] / entry["parameters"] for entry in entries)
     cells.append(_spread([entry["best"]["epoch"] for entry in entries], "{:.0f}"))
     cells.append(_spread([entry["seconds"] for entry in entries], "{:.0f}"))
     cells.append(_spread([entry["flops"] / 1e12 for entry in entries if "flops" in entry], "{:.3g}"))
-    return [*cells, f"{100 * share:.1f} %"]
+    shares = sorted({f"{100 * entry['trainable'] / entry['parameters']:.1f}" for entry in entries}, key=float)
+    return [*cells, f"{shares[0]} to {shares[-1]} %" if len(shares) > 1 else f"{shares[0]} %"]
 
 
 def _spread(values: Sequence[float], form: str) -> str:
