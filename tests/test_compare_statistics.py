@@ -144,6 +144,15 @@ def made(mean, low, high, p, seeds=2, scattered=False) -> Difference:
     return Difference(mean=mean, low=low, high=high, p=p, by_seed=by_seed, seeds=tests, images=100, scattered=scattered)
 
 
+def test_contrasts_that_wait_are_counted_so_that_a_found_difference_stays_found():
+    early = {("A", "B"): made(0.02, 0.01, 0.03, 0.01), ("B", "C"): made(0.02, 0.01, 0.03, 0.03)}
+    late = {**early, ("C", "D"): made(0.03, 0.02, 0.04, 0.001), ("D", "E"): made(0, -0.01, 0.01, 1.0)}
+    assert [contrast.p for contrast in contrasts(early)] == pytest.approx([0.02, 0.03])
+    assert [contrast.p for contrast in contrasts(early, among=4)] == pytest.approx([0.04, 0.09])
+    assert [contrast.p for contrast in contrasts(late, among=4)] == pytest.approx([0.03, 0.06, 0.004, 1.0])
+    assert [contrast.found for contrast in contrasts(late, among=4)] == [True, False, True, False]
+
+
 def test_verdicts_in_words():
     found = contrasts(
         {

@@ -229,9 +229,15 @@ class Contrast:
         return f"{text}; the seeds differ by more than chance, run more of them" if found.scattered else text
 
 
-def contrasts(differences: Mapping[tuple[str, str], Difference]) -> list[Contrast]:
-    """A verdict on each pair of arms, all of them that were fixed beforehand, corrected for their number."""
-    corrected = holm([difference.p for difference in differences.values()])
+def contrasts(differences: Mapping[tuple[str, str], Difference], among: int | None = None) -> list[Contrast]:
+    """A verdict on each pair of arms, corrected for the number of contrasts.
+
+    Args:
+        among: how many contrasts were fixed beforehand, if not all have a difference yet: those that wait count as
+            answered with no difference, so that their answers take no verdict of "better" back
+    """
+    waiting = max(0, (among or 0) - len(differences))
+    corrected = holm([*(difference.p for difference in differences.values()), *[1.0] * waiting])[: len(differences)]
     return [Contrast(*arms, found, p) for (arms, found), p in zip(differences.items(), corrected, strict=True)]
 
 

@@ -38,7 +38,7 @@ class Verdict:
 
 
 def verdicts(comparison: Comparison, entries: Sequence[Entry]) -> list[Verdict]:
-    """Each contrast whose arms have a seed in common, robust and clean; the contrasts of a measure are one family."""
+    """Each contrast whose arms have a seed in common, robust and clean; all of a measure are one family."""
     found: list[Verdict] = []
     for measure in MEASURES:
         differences, seeds = {}, {}
@@ -49,7 +49,8 @@ def verdicts(comparison: Comparison, entries: Sequence[Entry]) -> list[Verdict]:
                 pair = str(first), str(second)
                 differences[pair] = paired_difference(*(np.stack([each[s] for s in common]) for each in (one, other)))
                 seeds[pair] = common
-        found += [Verdict(measure, each, seeds[each.first, each.second]) for each in contrasts(differences)]
+        answered = contrasts(differences, among=len(comparison.contrasts))
+        found += [Verdict(measure, each, seeds[each.first, each.second]) for each in answered]
     return found
 
 
