@@ -229,16 +229,16 @@ class Contrast:
         return f"{text}; the seeds differ by more than chance, run more of them" if found.scattered else text
 
 
-def contrasts(differences: Mapping[tuple[str, str], Difference], among: int | None = None) -> list[Contrast]:
+def contrasts(differences: Mapping[tuple[str, str], Difference], among: int = 0) -> list[Contrast]:
     """A verdict on each pair of arms, corrected for the number of contrasts.
 
     Args:
-        among: how many contrasts were fixed beforehand, if not all have a difference yet: those that wait count as
-            answered with no difference, so that their answers take no verdict of "better" back
+        among: how many were fixed beforehand, if some have no difference yet; these count as p = 1, so that a
+            difference that was found stays found when they are answered
     """
-    waiting = max(0, (among or 0) - len(differences))
-    corrected = holm([*(difference.p for difference in differences.values()), *[1.0] * waiting])[: len(differences)]
-    return [Contrast(*arms, found, p) for (arms, found), p in zip(differences.items(), corrected, strict=True)]
+    waiting = [1.0] * (among - len(differences))
+    corrected = holm([difference.p for difference in differences.values()] + waiting)
+    return [Contrast(*arms, found, p) for (arms, found), p in zip(differences.items(), corrected, strict=False)]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def verdicts(comparison: Comparison, entries: Sequence[Entry]) -> list[Verdict]:
                 pair = str(first), str(second)
                 differences[pair] = paired_difference(*(np.stack([each[s] for s in common]) for each in (one, other)))
                 seeds[pair] = common
-        answered = contrasts(differences, among=len(comparison.contrasts))
+        answered = contrasts(differences, among=len(set(comparison.contrasts)))
         found += [Verdict(measure, each, seeds[each.first, each.second]) for each in answered]
     return found
 
