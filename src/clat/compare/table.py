@@ -24,6 +24,22 @@ class Verdict:
     contrast: Contrast
     seeds: tuple[int, ...]
 
+    @property
+    def short(self) -> str:
+        """The verdict in a few words, for a table that has the figures beside it."""
+        found = self.contrast.difference
+        better = "first is better" if found.mean >= 0 else "first is worse"
+        parts = [better if self.contrast.found else self.contrast.noise]
+        parts += ["1 seed"] if len(found.seeds) == 1 else []
+        parts += ["the seeds scatter"] if found.scattered else []
+        return ", ".join(parts)
+
+    @property
+    def by_seed(self) -> str:
+        """How many images only the first and only the second gets right, and McNemar's p, seed by seed."""
+        tests = zip(self.seeds, self.contrast.difference.seeds, strict=True)
+        return "; ".join(f"seed {seed}: {test.first} to {test.second} (p {test.p:.2g})" for seed, test in tests)
+
     def to_json(self) -> dict[str, Any]:
         difference = self.contrast.difference
         return {
@@ -167,14 +183,9 @@ def validated_how(entries: Sequence[Entry]) -> str:
 
 def lines_of(verdict: Verdict) -> list[str]:
     """A contrast in words, and the figures behind it."""
-    found = verdict.contrast.difference
-    by_seed = "; ".join(
-        f"seed {seed}: {test.first} to {test.second} (p {test.p:.2g})"
-        for seed, test in zip(verdict.seeds, found.seeds, strict=True)
-    )
     return [
         f"{verdict.measure}: {verdict.contrast} (p {verdict.contrast.p:.2g} after Holm)",
-        f"images that only one of them gets right, and McNemar's test: {by_seed}",
+        f"images that only one of them gets right, and McNemar's test: {verdict.by_seed}",
     ]
 
 
@@ -191,8 +202,11 @@ def markdown(comparison: Comparison, entries: Sequence[Entry], more: Sequence[st
     parts.append(plain(validated_how(entries)))
     found = verdicts(comparison, entries)
     if found:
-        parts.append("Contrasts, fixed beforehand: paired difference with its 95 % interval over images and seeds.")
-        parts.append("\n".join(f"- {first}\n  - {second}" for first, second in map(lines_of, found)))
+        parts.append(
+            "Contrasts, fixed beforehand: by how many points the first is above the other, with the 95 % interval over "
+            "images and seeds. Last, McNemar's test for each seed."
+        )
+        parts.append(contrasts_table(found))
     parts += more
     if comparison.printed:
         parts.append("As printed:")
@@ -202,6 +216,18 @@ def markdown(comparison: Comparison, entries: Sequence[Entry], more: Sequence[st
         parts.append("The rest of the question:\n\n" + "\n".join(f"    {plain(line)}" for line in comparison.then))
     parts = [part for part in parts if part]
     return "\n\n".join(parts) + "\n"
+
+
+def contrasts_table(found: Sequence[Verdict]) -> str:
+    """The contrasts in Markdown: points by which the first is above the second, verdict, and the tests by seed."""
+    headings = ("measure", "first", "against", "points", "p (Holm)", "verdict", "images that only one gets right")
+    body = []
+    for verdict in found:
+        contrast, difference = verdict.contrast, verdict.contrast.difference
+        points = f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+        arms = (contrast.first, contrast.second)
+        body.append((verdict.measure, *arms, points, f"{contrast.p:.2g}", verdict.short, verdict.by_seed))
+    return markdown_table(headings, body)
 
 
 def _flat(printed: Mapping[str, Any], before: str = "") -> list[str]:

@@ -9,7 +9,7 @@ import yaml
 from clat.compare.plan import Comparison
 from clat.compare.response import Start, alone, correlations, differ, starts
 from clat.compare.result import Entry, read_entries
-from clat.compare.table import Verdict, columns, figures, lines_of, measured_how, rows, validated_how, verdicts
+from clat.compare.table import Verdict, columns, figures, measured_how, rows, validated_how, verdicts
 from clat.errors import InputError
 from clat.files import read_sealed
 from clat.report import pictures
@@ -84,7 +84,7 @@ def contrasts(found: Sequence[Verdict], key: str) -> Section | None:
         caption = f"{measure.capitalize()}: above zero the first is better. Filled: found, p (Holm) up to 0.05."
         drawn.append(picture(figure, f"{key}-{measure}", alt, caption, _numbers(measure, own)))
     heading = ("measure", "first", "against", "points", "p (Holm)", "verdict")
-    answered = [(words(each.measure), *_difference(each), words(_short_verdict(each))) for each in found]
+    answered = [(words(each.measure), *_difference(each), words(each.short)) for each in found]
     answers = Table("Paired differences with 95 % intervals over images and seeds", heading, tuple(answered))
     said = Text("In words", tuple(f"{verdict.measure.capitalize()}: {verdict.contrast}." for verdict in found))
     return Section("Contrasts", (), (Pictures(tuple(drawn)), answers, said))
@@ -97,20 +97,11 @@ def _difference(verdict: Verdict) -> tuple[Cell, ...]:
     return words(contrast.first), words(contrast.second), points, amount(contrast.p, "{:.2g}")
 
 
-def _short_verdict(verdict: Verdict) -> str:
-    contrast, found = verdict.contrast, verdict.contrast.difference
-    better = "first is better" if found.mean >= 0 else "first is worse"
-    parts = [better if contrast.found else contrast.noise]
-    parts += ["1 seed"] if len(found.seeds) == 1 else []
-    parts += ["the seeds scatter"] if found.scattered else []
-    return ", ".join(parts)
-
-
 def _numbers(measure: str, own: Sequence[Verdict]) -> Table:
     body = []
     for verdict in own:
-        seeds, tests = ", ".join(map(str, verdict.seeds)), lines_of(verdict)[1].partition(": ")[2]
-        body.append((*_difference(verdict), words(seeds), words(tests)))
+        seeds = ", ".join(map(str, verdict.seeds))
+        body.append((*_difference(verdict), words(seeds), words(verdict.by_seed)))
     heading = ("first", "against", "points", "p (Holm)", "seeds", "images that only one gets right, by seed")
     return Table(f"{measure.capitalize()} accuracy", heading, tuple(body))
 
