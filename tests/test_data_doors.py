@@ -338,12 +338,18 @@ def test_sources_at_fault_end_in_one_sentence(odd, tmp_path, capsys, monkeypatch
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch, capsys):
-    def unreachable(*_):
-        raise ConnectionError("Couldn't reach\n'x' on the Hub")
+    def unreachable(*_):  # as datasets does: it looks into its cache first, and then says what was wrong
+        offline = ConnectionError("Couldn't reach\n'x' on the Hub")
+        try:
+            raise FileNotFoundError("Dataset x is not cached in None")
+        except FileNotFoundError:
+            raise offline from None
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert main(["layers", "rn18,width=4", "--data", "someone/photos,config=other"]) == 2
-    assert "No images could be read from someone/photos" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No images could be read from someone/photos" in said
+    assert said.endswith("(Couldn't reach 'x' on the Hub).\n")
 
 
 def test_paths_with_brackets_are_read_and_printed(tmp_path, capsys):

@@ -238,9 +238,9 @@ def _short(text: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause of an error, on one line."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    """The first cause of an error, on one line; what it was raised ``from None`` instead of is no cause."""
+    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = inner
     return plain(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
