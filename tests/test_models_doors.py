@@ -111,7 +111,7 @@ def test_a_module_in_the_current_folder_can_be_named(tmp_path, monkeypatch):
         ("broken", {}, "failed with the options {}: KeyError: 'gone'"),
         ("make", {"height": 3}, "failed with the options"),
         ("wordy", {}, "returned str"),
-        ("missing", {}, "could not be imported"),
+        ("missing", {}, r"mynet.py has no function or class 'missing'; there are .*make.*\."),
     ],
 )
 def test_a_factory_that_fails_gets_one_sentence(factory, options, says, mynet):

@@ -54,7 +54,7 @@ def network_named(name: str, data: Dataset, model: str | None = None) -> nn.Modu
     Args:
         model: as in ``checkpoint_named``; then ``name`` is a file
     """
-    if model is not None or exists(name):
+    if model is not None or (exists(name) and not name.endswith(".py")):
         return checkpoint_named(name, model, data)[0]
     kind, options = model_options(name)
     if kind not in MODELS and ":" not in kind and bridge(kind) is None:

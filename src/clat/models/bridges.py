@@ -155,11 +155,15 @@ def from_factory(name: str, classes: int, channels: int, options: dict[str, Any]
     file = Path(place) if place.endswith(".py") else None
     with _importable(file.parent if file else Path()):
         try:
-            factory = getattr(_executed(file) if file else importlib.import_module(place), attribute)
+            module = _executed(file) if file else importlib.import_module(place)
         except InputError:
             raise
         except Exception as error:
             raise InputError(f"Model {plain(name)!r} could not be imported: {plain(error)}.") from error
+        if not callable(factory := getattr(module, attribute, None)):
+            own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+            listed = f"; there are {plain(', '.join(own[:10]))}" if own else ""
+            raise InputError(f"{plain(place)} has no function or class {plain(attribute)!r}{listed}.")
         given = options
         try:
             accepted = inspect.signature(factory).parameters
