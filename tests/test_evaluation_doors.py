@@ -4,13 +4,14 @@ import io
 import json
 import os
 import sys
+import warnings
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from clat import InputError, evaluate
+from clat import CLAT, InputError, evaluate
 from clat.attacks import apgd_ce, pgd_threat, square, tier
 from clat.checkpoint import save_checkpoint
 from clat.cli import main as cli
@@ -66,6 +67,8 @@ class Seen(nn.Module):
                 return self.last(bars)
         if self.option == "integers":
             return self.last(bars).mul(100).long()
+        if self.option == "softmax":
+            return self.last(bars).softmax(1)
         if self.option == "raises":
             raise ValueError("what [/x] is this?")
         if self.option == "half of the batch":
@@ -304,6 +307,32 @@ def test_what_a_network_raises_or_returns_is_named(few):
     for keys in ({"batch_size": 0}, {"batch_size": 1.5}, {"batch_size": True}):
         with pytest.raises(InputError):
             evaluate(Seen(), few, pgd_threat(0.1, 1), **keys)
+
+
+def test_probabilities_in_place_of_logits_are_warned_of(few):
+    soft = Seen("softmax")
+    for run in (
+        lambda: evaluate(soft, few, pgd_threat(0.1, 1)),
+        lambda: sweep(soft, few, "eps", [0, 0.1]),
+        lambda: transfer({"a": soft, "b": Seen()}, few, pgd_threat(0.1, 1)),
+        lambda: CLAT(soft, k=1).select(few.pixels.float() / 255, few.labels),
+    ):
+        with pytest.warns(UserWarning, match="probabilities, not logits.*before the softmax"):
+            run()
+
+
+def test_commands_print_a_warning_of_clat_once_and_leave_others_as_they_are(few, capsys):
+    def warn_twice():
+        with shared.sentences_for_warnings():
+            check_fits(Seen("softmax"), few, "cpu")
+            check_fits(Seen("softmax"), few, "cpu")
+            warnings.warn("another's", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="another's"):
+        warn_twice()
+    said = capsys.readouterr().err
+    assert said.startswith("Warning: The network returns probabilities, not logits.")
+    assert said.count("\n") == 1
 
 
 # The commands

@@ -22,9 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         call = read([argument for argument in given if argument != "--debug"])
         _share_the_cores()
         from clat.cli.commands import COMMANDS
+        from clat.cli.shared import sentences_for_warnings
 
         function = COMMANDS[call.command]
-        return function(**values(call, function)) or 0
+        with sentences_for_warnings():
+            return function(**values(call, function)) or 0
     except InputError as error:
         return _fail(error, 2)
     except RuntimeError as error:

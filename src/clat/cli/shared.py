@@ -4,7 +4,9 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,23 @@ def stored_facts(network: str) -> dict[str, Any]:
         return {}
     path = checkpoint_path(network)
     return load_header(path).facts if is_checkpoint(path) else {}
+
+
+@contextmanager
+def sentences_for_warnings() -> Iterator[None]:
+    """Inside the block what clat warns of is printed once, as a sentence, without the place in the code."""
+    home, said, others = str(Path(__file__).parents[1]), set[str](), warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, *more: Any, **named: Any) -> None:
+        if not filename.startswith(home):
+            others(message, category, filename, *more, **named)
+        elif str(message) not in said:
+            said.add(str(message))
+            _notice([f"Warning: {message}"])
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _notice(sentences: Iterable[str]) -> None:

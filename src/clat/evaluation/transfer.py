@@ -19,6 +19,7 @@ from clat.evaluation.fits import check_all_fit
 from clat.evaluation.measured import Measured
 from clat.inputs import check_least
 from clat.network import predict
+from clat.threat import Threat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Transfer:
 def transfer(
     models: Mapping[str, nn.Module],
     data: Any,
-    attacks: Attack | Sequence[Attack] | None = None,
+    attacks: Threat | Attack | Sequence[Attack] | None = None,
     *,
     batch_size: int = 250,
     workers: int = 2,
@@ -81,7 +82,8 @@ def transfer(
     Args:
         models: at least two by name; each takes pixels in [0, 1] and returns class scores (batch, classes)
         data: a ``Dataset``, or anything that ``as_dataset`` takes; ``Dataset.sample`` draws some of its images
-        attacks: one for all networks, by default PGD-20 with a random start at eps 8/255, or one for each
+        attacks: one for all networks, by default PGD-20 with a random start at eps 8/255, or one for each; a threat
+            stands for PGD from a random start
         workers: processes that decode images which are not kept in memory
         device: where the networks are moved for the call, and then back; default where the first one is
         progress: is told after each batch
@@ -94,7 +96,8 @@ def transfer(
     data = as_dataset(data)
     if len(models) < 2:
         raise InputError("Name at least two networks; the images attacked on one are measured on the others.")
-    attacks = restarts(pgd_threat("8/255", 20))[0] if attacks is None else attacks
+    if attacks is None or isinstance(attacks, Threat):
+        attacks = restarts(attacks or pgd_threat("8/255", 20))[0]
     each = [attacks] * len(models) if isinstance(attacks, Attack) else attacks
     if len(each) != len(models):
         raise InputError(f"There are {len(models)} networks and {len(each)} attacks; give one attack a network.")

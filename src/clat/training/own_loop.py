@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clat.compute import Precision
 from clat.criticality import LayerScore
 from clat.errors import InputError
+from clat.evaluation.fits import warn_of_probabilities
 from clat.features import observe
 from clat.inputs import annotations, fit, fraction, nearest, shown
 from clat.network import Images, Labels, check_images, held, learnable_labels, whole_labels
@@ -136,6 +137,7 @@ class OwnLoop(Method):
             with held(self.model), torch.no_grad():
                 scores = observe(self.model, x[:1], {}, lambda *_: None)
             assert scores is not None  # it ran to the end
+            warn_of_probabilities(scores)
             self._classes = scores.shape[1]
         return x, (learnable_labels if soft else whole_labels)(y, x, self._classes)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clat.evaluation.accuracy import CHANCE, Accuracy
+from clat.evaluation.fits import are_probabilities
 from clat.evaluation.trust.check import FORWARD, LEVEL, OURS, POINTS, Check, Outcome, Status, grade, improbable
 from clat.evaluation.trust.subject import Subject
 from clat.network import held, same_bits
@@ -118,7 +119,7 @@ def logits_range(s: Subject, *, within: float) -> Outcome:
     low, high = float(s.scores.min()), float(s.scores.max())
     off = float((s.scores.sum(1) - 1).abs().max())
     evidence = {"min": low, "max": high, "sum_off_one": off}
-    if high < 1 + within and low > -within and off < within:
+    if are_probabilities(s.scores, within):
         return "fail", "the scores of each image lie in [0, 1] and sum to 1: they are probabilities", evidence
     return "pass", f"scores lie in [{low:.3g}, {high:.3g}]", evidence
 
