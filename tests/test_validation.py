@@ -9,7 +9,20 @@ import pytest
 import torch
 import yaml
 
-from clat import CLAT, InputError, Recipe, Threat, attack_output, find_layers, layer_criticality, top
+from clat import (
+    CLAT,
+    InputError,
+    Recipe,
+    Threat,
+    attack_output,
+    evaluate,
+    find_layers,
+    layer_criticality,
+    sweep,
+    top,
+    train,
+    transfer,
+)
 from clat.cli.arguments import _entries, parse
 from clat.cli.commands import COMMANDS
 from clat.inputs import annotations, block_of, fraction, named
@@ -248,6 +261,37 @@ def test_what_is_no_number_is_refused_at_once(value):
 def test_the_free_functions_and_the_loop_check_alike(plain, images, call):
     with pytest.raises(InputError):
         call(plain, *images)
+
+
+ONE_STEP = Threat(steps=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, x, y: attack_output(m, x, y + 100, ONE_STEP), "labels run from 100 to"),
+        (lambda m, x, y: attack_output(m, x, y, 0.03), "threat is 0.03; give a clat.Threat"),
+        (lambda m, x, y: evaluate("rn18", (x, y), ONE_STEP), "A str is no network"),
+        (lambda m, x, y: evaluate(m, (x, y), "pgd"), "'pgd' is no attack"),
+        (
+            lambda m, x, y: evaluate(m, (x, y), ONE_STEP, precision="fp16"),
+            "precision is 'fp16'; choose one of auto",
+        ),
+        (lambda m, x, y: evaluate(m, (x, y), ONE_STEP, seed="0"), "seed is '0'; give a whole number"),
+        (lambda m, x, y: evaluate(m, (x, y), ONE_STEP, batch_size="8"), "batch_size is '8'; it must be a whole number"),
+        (lambda m, x, y: sweep(m, (x, y), "epsilon", [1]), "over is 'epsilon'; choose one of eps, steps"),
+        (lambda m, x, y: transfer([m, m], (x, y)), "at least two networks by name"),
+        (lambda m, x, y: train("clat", m, (x, y), out="never"), "'clat' is no recipe"),
+        (lambda m, x, y: train(Recipe(), "rn18", (x, y), out="never"), "A str is no network"),
+    ],
+)
+def test_what_python_could_take_for_something_else_is_refused(plain, images, call, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, _ = images
+    classes = plain(x).shape[1]
+    with pytest.raises(InputError, match=says):
+        call(plain, x, torch.arange(len(x)) % classes)
+    assert not list(tmp_path.iterdir())
 
 
 def test_k_as_a_share_reaches_all_layers(tiny):

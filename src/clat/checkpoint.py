@@ -138,10 +138,8 @@ def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        first = str(error).splitlines()
-        raise InputError(
-            f"The weights in {plain(path)} do not fit the network: {plain(' '.join(first[1:3]).strip())}"
-        ) from error
+        said = " ".join(" ".join(str(error).splitlines()[1:3]).split())
+        raise InputError(f"The weights in {plain(path)} do not fit the network: {plain(said)}") from error
     return facts
 
 

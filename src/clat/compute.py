@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from clat.errors import InputError
-from clat.network import Images, held, logits, tensors
+from clat.inputs import check_word
+from clat.network import Images, check_made, held, logits, tensors
 from clat.text import plain
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -93,7 +94,12 @@ def _scores(model: nn.Module, x: Images) -> Tensor:
 
 
 def autocast(device: torch.device | str, precision: Precision) -> Any:
-    """The context of a precision on a device. Casts are not cached: attacks toggle ``requires_grad`` inside it."""
+    """The context of a precision on a device. Casts are not cached: attacks toggle ``requires_grad`` inside it.
+
+    Raises:
+        InputError: another word than auto, bf16 and fp32
+    """
+    check_word("precision", precision, get_args(Precision))
     if precision == "fp32" or (precision == "auto" and native_precision(device) == "fp32"):
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=False)
@@ -162,8 +168,10 @@ def placed(models: Sequence[nn.Module], device: torch.device | str | None) -> It
     Args:
         device: default where the first network is that has parameters or buffers, or else the CPU
     Raises:
-        InputError: no such device here, or a network on several devices that would have to be moved
+        InputError: no network, no such device here, or a network on several devices that would have to be moved
     """
+    for model in models:
+        check_made(model)
     homes = [list(dict.fromkeys(tensor.device for tensor in tensors(model).values())) for model in models]
     where = next((home[0] for home in homes if home), torch.device("cpu")) if device is None else find_device(device)
     moved = [(model, home) for model, home in zip(models, homes, strict=True) if home and set(home) != {where}]

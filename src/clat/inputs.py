@@ -66,7 +66,7 @@ def check_fields(block: Any, prefix: str = "") -> None:
 
 def check_seed(name: str, value: int) -> None:
     """Raises InputError unless the random numbers of a run can be drawn from the value."""
-    if abs(value) > LARGEST_SEED:
+    if not _is_whole(value) or abs(value) > LARGEST_SEED:
         raise InputError(f"{name} is {shown(value)}; give a whole number of at most {LARGEST_SEED}.")
 
 
@@ -80,7 +80,8 @@ def check_least(least: float, *, prefix: str = "", **values: float | None) -> No
         if value is None:
             continue
         if not (_is_whole(value) if isinstance(least, int) else isinstance(value, Real)) or value < least:
-            raise InputError(f"{prefix}{name} is {shown(value)}; it must be {least:g} or more.")
+            whole = "a whole number of " if isinstance(least, int) and not _is_whole(value) else ""
+            raise InputError(f"{prefix}{name} is {shown(value)}; it must be {whole}{least:g} or more.")
 
 
 def fraction(value: float | str) -> float:

@@ -146,7 +146,12 @@ def per_image(values: Tensor, like: Images) -> Tensor:
 
 
 def check_made(model: nn.Module) -> None:
-    """Raises InputError if a layer has no weights yet because it takes their shape from the first images."""
+    """Raises InputError for no network, or a layer without weights as it takes their shape from the first images."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"A {type(model).__name__} is no network; give a torch.nn.Module, such as clat.build_model or "
+            "clat.load_checkpoint return."
+        )
     named = (*model.named_parameters(), *model.named_buffers())
     if lazy := next((name for name, tensor in named if is_lazy(tensor)), None):
         raise InputError(

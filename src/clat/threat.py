@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clat.batchnorm import fixed_norms
 from clat.errors import InputError
-from clat.inputs import check_fields, check_least, fraction
+from clat.inputs import check_fields, check_least, fraction, shown
 from clat.network import (
     Cost,
     Images,
@@ -177,12 +177,20 @@ def attack_output(
         keep: the last iterate, as in training, or of each image the one with the highest loss, as in evaluation
         scores: gives the class scores (batch, classes); default the network's output
     Raises:
-        InputError: images of another shape or outside [0, 1]; labels that are neither
+        InputError: images of another shape or outside [0, 1]; labels that are neither, or that the network has no
+            output for; no threat
     """
+    if not isinstance(threat, Threat):
+        raise InputError(f"The threat is {shown(threat)}; give a clat.Threat, such as Threat(eps='8/255').")
     check_images(x)
-    labels = learnable_labels(y, x)
+    labels, classes = learnable_labels(y, x), 0
 
     def cost(z: Images) -> Tensor:
-        return F.cross_entropy(logits(model(z)) if scores is None else scores(z), labels, reduction="none")
+        nonlocal labels, classes
+        outputs = logits(model(z)) if scores is None else scores(z)
+        if outputs.shape[1] != classes:  # the first pass
+            classes = outputs.shape[1]
+            labels = learnable_labels(labels, x, classes)
+        return F.cross_entropy(outputs, labels, reduction="none")
 
     return ascend(cost, x, threat, model=model, keep=keep)

@@ -18,7 +18,7 @@ from clat.evaluation.accuracy import Result
 from clat.evaluation.fits import check_fits
 from clat.evaluation.measured import Measured
 from clat.evaluation.record import _State
-from clat.inputs import check_least
+from clat.inputs import check_least, check_seed, shown
 from clat.network import Images, Labels, held, predict
 from clat.threat import Threat
 
@@ -38,7 +38,7 @@ class Progress:
 def evaluate(
     model: nn.Module,
     data: Any,
-    attacks: Threat | Sequence[Attack] | None = None,
+    attacks: Threat | Attack | Sequence[Attack] | None = None,
     *,
     seed: int = 0,
     batch_size: int = 250,
@@ -71,6 +71,7 @@ def evaluate(
             finite or have no gradient, or a record that is damaged or not of this evaluation
     """
     data = as_dataset(data)
+    check_seed("seed", seed)
     attacks = _attacks(attacks, seed)
     check_least(1, batch_size=batch_size)
     with placed([model], device) as place:
@@ -101,9 +102,15 @@ def evaluate(
     return state.result()
 
 
-def _attacks(attacks: Threat | Sequence[Attack] | None, seed: int) -> Sequence[Attack]:
+def _attacks(attacks: Threat | Attack | Sequence[Attack] | None, seed: int) -> Sequence[Attack]:
     if attacks is None or isinstance(attacks, Threat):
         return restarts(attacks or pgd_threat("8/255", 20), seed=seed)
+    if isinstance(attacks, Attack):
+        return (attacks,)
+    if not isinstance(attacks, Sequence) or not all(isinstance(each, Attack) for each in attacks):
+        raise InputError(
+            f"{shown(attacks)} is no attack; give a clat.Threat, or attacks such as clat.attacks.tier makes."
+        )
     if not attacks:
         raise InputError("There is no attack to evaluate with.")
     check_one_ball(attacks)

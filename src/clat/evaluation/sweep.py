@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from clat.errors import InputError
 from clat.evaluation.accuracy import TOLERATED, Accuracy
 from clat.evaluation.evaluate import Progress, evaluate
 from clat.evaluation.measured import Measured
+from clat.inputs import check_word
 from clat.threat import Lp, Threat
 
 Over = Literal["eps", "steps"]
@@ -121,6 +122,7 @@ def threats(over: Over, strengths: Sequence[float], *, eps: float | str, steps: 
     Raises:
         InputError: no positive strength, or one that is not an eps or a number of steps
     """
+    check_word("over", over, get_args(Over))
     wanted = sorted(set(strengths))
     if not wanted or wanted[-1] <= 0:
         raise InputError(f"There is nothing to sweep over in {over} {list(strengths)}; give positive numbers.")

@@ -94,8 +94,8 @@ def transfer(
     Source: Table 2 and "Black-box robustness" in Section 4.2 of the paper.
     """
     data = as_dataset(data)
-    if len(models) < 2:
-        raise InputError("Name at least two networks; the images attacked on one are measured on the others.")
+    if not isinstance(models, Mapping) or len(models) < 2:
+        raise InputError("Give at least two networks by name, {'base': model, ...}; images of one are measured on all.")
     if attacks is None or isinstance(attacks, Threat):
         attacks = restarts(attacks or pgd_threat("8/255", 20))[0]
     each = [attacks] * len(models) if isinstance(attacks, Attack) else attacks

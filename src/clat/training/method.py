@@ -12,7 +12,7 @@ from clat.compute import Precision, autocast
 from clat.criticality import MeanOfAll
 from clat.errors import InputError
 from clat.inputs import check_seed, fit
-from clat.network import Images, Labels, State, no_overwriting, snapshot
+from clat.network import Images, Labels, State, check_made, no_overwriting, snapshot
 from clat.objectives import Objective
 from clat.threat import Threat
 from clat.training.awp import Awp
@@ -47,8 +47,7 @@ class Method:
         precision: Precision = "fp32",
         recompute: bool = False,
     ):
-        if not isinstance(model, nn.Module):
-            raise InputError(f"A method needs a torch.nn.Module; got {type(model).__name__}.")
+        check_made(model)
         if next(model.parameters(), None) is None:
             raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to train.")
         self.model, self.objective, self.tuner = model, objective, tuner

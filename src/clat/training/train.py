@@ -10,8 +10,9 @@ from rich.console import Console
 from torch import nn
 
 from clat.data.arrays import as_dataset
+from clat.errors import InputError
 from clat.evaluation.fits import check_fits
-from clat.inputs import check_least
+from clat.inputs import check_least, shown
 from clat.network import check_made
 from clat.training.claims import claim
 from clat.training.job import prepared
@@ -67,6 +68,10 @@ def train(
     data = as_dataset(data)
     check_least(0, workers=workers)
     check_made(model)
+    if not isinstance(recipe, Recipe):
+        raise InputError(
+            f"{shown(recipe)} is no recipe; give a clat.Recipe, such as Recipe(objective=Clat(), tuner=Critical(k=1))."
+        )
     check_tracker(tracker)
     run = Run(Path(out))
     processes = started(device, tracker, run.folder)
