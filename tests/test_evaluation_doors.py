@@ -321,6 +321,16 @@ def test_probabilities_in_place_of_logits_are_warned_of(few):
             run()
 
 
+@pytest.mark.parametrize("hidden", ["rounded", "a threshold"])
+def test_a_gradient_that_is_zero_is_warned_of(hidden, few):
+    class Hidden(Seen):
+        def forward(self, x):
+            return super().forward((x * 8).round() / 8 if hidden == "rounded" else (x > 0.5).to(x) + 0 * x)
+
+    with pytest.warns(UserWarning, match="gradient of exactly zero.*see clat trust"):
+        evaluate(Hidden(), few, pgd_threat(0.1, 1))
+
+
 def test_commands_print_a_warning_of_clat_once_and_leave_others_as_they_are(few, capsys):
     def warn_twice():
         with shared.sentences_for_warnings():

@@ -47,7 +47,7 @@ def opened(
     if len(set(networks)) < len(networks):
         raise InputError("A network is named twice; name each once.")
     models = {name: network_named(name, dataset, model).to(place) for name in networks}
-    check_all_fit(models, dataset, place)
+    check_all_fit(models, dataset, place, warn=False)  # what attacks them warns
     return Opened(models, dataset, place)
 
 

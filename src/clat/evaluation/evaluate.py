@@ -75,7 +75,7 @@ def evaluate(
     attacks = _attacks(attacks, seed)
     check_least(1, batch_size=batch_size)
     with placed([model], device) as place:
-        check_fits(model, data, place)
+        check_fits(model, data, place, attacked=True)
         measured = Measured.of(
             [model], data, seed=attacks[0].seed, precision=precision, batch_size=batch_size, device=place
         )

@@ -2,30 +2,42 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clat.compute import seeded
 from clat.data.dataset import Dataset, to_unit
 from clat.errors import InputError
-from clat.network import check_images, class_scores
+from clat.network import Images, check_images, class_scores, held, logits
 from clat.text import plain
 
 
-def check_all_fit(models: Mapping[str, nn.Module], data: Dataset, device: torch.device | str) -> None:
-    """Raises InputError, with a network's name, unless each takes these images and has one output for each class."""
+def check_all_fit(
+    models: Mapping[str, nn.Module], data: Dataset, device: torch.device | str, *, warn: bool = True
+) -> None:
+    """``check_fits`` for networks that are to be attacked, with a network's name in the message.
+
+    Args:
+        warn: of what makes attacks weak
+    """
     for name, model in models.items():
         try:
-            check_fits(model, data, device)
+            check_fits(model, data, device, warn=warn, attacked=warn)
         except InputError as error:
             raise InputError(f"{plain(name)}: {error}") from error
 
 
-def check_fits(model: nn.Module, data: Dataset, device: torch.device | str, *, warn: bool = True) -> None:
+def check_fits(
+    model: nn.Module, data: Dataset, device: torch.device | str, *, warn: bool = True, attacked: bool = False
+) -> None:
     """Raises InputError unless the network takes these images and has one output for each class.
 
     Args:
-        warn: of probabilities in place of logits
+        warn: of probabilities in place of logits, on which attacks are weak
+        attacked: warn of a gradient that is exactly zero, too, as a network that is still to be trained may have one
     """
     pixels, _ = next(data.first(2).batches(2, workers=0))
     x = to_unit(pixels).to(device)
@@ -39,6 +51,8 @@ def check_fits(model: nn.Module, data: Dataset, device: torch.device | str, *, w
         )
     if warn:
         warn_of_probabilities(scores)
+    if attacked:
+        _warn_of_zero_gradients(model, x)
 
 
 def warn_of_probabilities(scores: Tensor) -> None:
@@ -50,6 +64,22 @@ def warn_of_probabilities(scores: Tensor) -> None:
             "weak and robust accuracy can be overstated; return the scores before the softmax.",
             stacklevel=1,  # one place, so that it is said once
         )
+
+
+def _warn_of_zero_gradients(model: nn.Module, x: Images) -> None:
+    """Warns if the cross-entropy has no gradient to the pixels, as behind a rounding or a threshold."""
+    with held(model), seeded(0, x.device), torch.enable_grad(), suppress(RuntimeError):  # which the attacks report
+        x = x.detach().requires_grad_()
+        scores = logits(model(x))
+        if not scores.requires_grad:
+            return  # attacks refuse such a network
+        (gradient,) = torch.autograd.grad(F.cross_entropy(scores, scores.argmax(1)), x, allow_unused=True)
+        if gradient is None or not gradient.any():
+            warnings.warn(
+                "The loss has a gradient of exactly zero to the pixels of the first images, so gradient attacks find "
+                "nothing and robust accuracy can be overstated; see clat trust.",
+                stacklevel=1,
+            )
 
 
 def are_probabilities(scores: Tensor, within: float = 1e-5) -> bool:
