@@ -22,6 +22,7 @@ from clat import (
     top,
     train,
     transfer,
+    trust,
 )
 from clat.cli.arguments import _entries, parse
 from clat.cli.commands import COMMANDS
@@ -280,6 +281,7 @@ ONE_STEP = Threat(steps=1)
         (lambda m, x, y: evaluate(m, (x, y), ONE_STEP, seed="0"), "seed is '0'; give a whole number"),
         (lambda m, x, y: evaluate(m, (x, y), ONE_STEP, batch_size="8"), "batch_size is '8'; it must be a whole number"),
         (lambda m, x, y: sweep(m, (x, y), "epsilon", [1]), "over is 'epsilon'; choose one of eps, steps"),
+        (lambda m, x, y: trust(m, (x, y), budget="10"), "budget is '10'; it must be"),
         (lambda m, x, y: transfer([m, m], (x, y)), "at least two networks by name"),
         (lambda m, x, y: train("clat", m, (x, y), out="never"), "'clat' is no recipe"),
         (lambda m, x, y: train(Recipe(), "rn18", (x, y), out="never"), "A str is no network"),

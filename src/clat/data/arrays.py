@@ -256,7 +256,7 @@ def _values(labels: Any, count: int, name: str) -> list[Any]:
         raise InputError(f"The labels of {name} are of type {type(labels).__name__}; give one for each image.")
     values = list(labels)
     if len(values) != count:
-        raise InputError(f"{name} has {count} images and {len(values)} labels; give one label for each image.")
+        raise InputError(f"There are {count} images and {len(values)} labels in {name}; give one label for each image.")
     return values
 
 

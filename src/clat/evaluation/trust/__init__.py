@@ -94,6 +94,7 @@ def trust(
     data = as_dataset(data)
     began = time.perf_counter()
     check_least(1, batch_size=batch_size)
+    check_least(0.0, budget=budget)
     data = data.sample(limit, seed)
     networks = [model] if base is None else [model, base]
     with placed(networks, device) as place:
