@@ -1,16 +1,22 @@
-"""docs/compare.md: its file is short, and its commands run."""
+"""docs/compare.md: its file is short, and its commands run. docs/results.md: its comparisons go on from there."""
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 
 from clat.cli.main import main
+from clat.compare.file import load_comparison
+from clat.compare.run import Progress
 from clat.files import read_sealed
 from test_compare_run import in_this_process
 
-PAGE = (Path(__file__).parents[1] / "docs/compare.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/compare.md").read_text()
+RESULTS = (ROOT / "docs/results.md").read_text()
 
 
 def test_the_commands_of_the_page_run_and_its_file_is_short(tmp_path, monkeypatch, capsys):
@@ -47,3 +53,16 @@ def test_the_page_names_every_entry_of_a_file():
     entries = "recipe from at evaluation of contrasts networks scales notes printed then"
     for entry in entries.split():
         assert f"`{entry}`" in PAGE
+
+
+@pytest.mark.parametrize("block", re.findall(r"```\n(mkdir.*?)```", RESULTS, re.DOTALL))
+def test_a_comparison_goes_on_from_its_committed_result_and_starts(block, tmp_path):
+    *copies, command = block.replace("OUT", str(tmp_path / "out")).strip().splitlines()
+    for line in copies:
+        subprocess.run(line, shell=True, cwd=ROOT, check=True)
+    comparison = load_comparison(shlex.split(command)[2])
+    progress = Progress(comparison, tmp_path / "out", "", [], [])
+    progress.read()
+    progress.check_starts()
+    assert {entry["seed"] for name, entry in progress.entries.items() if name.startswith("base-")} == {0, 1}
+    assert sorted(path.stem for path in (tmp_path / "out/starts").glob("base-*")) == ["base-0-best", "base-1-best"]
