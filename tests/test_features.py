@@ -72,6 +72,7 @@ def test_the_margin_by_hand():
     assert margin(scores, torch.tensor([1, 0, 0])).tolist() == [-2.0, 3.0, 0.0]
 
 
+@pytest.mark.filterwarnings("ignore:The scores have a gradient of exactly zero")
 def test_a_masked_label_gradient_does_not_help():
     """Noise raises the mean of black images by eps / 4 on average, the ball allows eps; the threshold is 0.6 eps."""
     data = Dataset(torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.zeros(20, dtype=torch.long), ("dark", "bright"),

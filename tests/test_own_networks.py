@@ -390,7 +390,6 @@ def test_a_network_that_normalises_itself_is_not_normalised_twice(tmp_path):
 PAGE = (Path(__file__).parents[1] / "docs/models.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:The loss has a gradient of exactly zero")  # of dead units
 def test_the_commands_of_the_page_run(mine, tmp_path, monkeypatch, colours, capsys):
     import timm
 

@@ -49,7 +49,7 @@ def test_counts_in_closed_form(levels):
     assert (found.eps, found.norm, found.attack) == (EPS, "linf", "PGD-20")
 
 
-@pytest.mark.filterwarnings("ignore:The loss has a gradient of exactly zero")
+@pytest.mark.filterwarnings("ignore:The scores have a gradient of exactly zero")
 def test_masked_gradients_show_as_a_stronger_transfer(levels):
     found = transfer({"open": Half(True), "masked": Half(True, hard=True)}, levels)
     assert [[accuracy.correct for accuracy in row] for row in found.attacked] == [[3, 3], [7, 7]]

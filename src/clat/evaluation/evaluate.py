@@ -15,7 +15,7 @@ from clat.data.arrays import as_dataset
 from clat.data.dataset import Dataset, to_unit
 from clat.errors import InputError
 from clat.evaluation.accuracy import Result
-from clat.evaluation.fits import check_fits
+from clat.evaluation.fits import check_fits, warn_of_zero_gradients
 from clat.evaluation.measured import Measured
 from clat.evaluation.record import _State
 from clat.inputs import check_least, check_seed, shown
@@ -75,7 +75,7 @@ def evaluate(
     attacks = _attacks(attacks, seed)
     check_least(1, batch_size=batch_size)
     with placed([model], device) as place:
-        check_fits(model, data, place, attacked=True)
+        check_fits(model, data, place)
         measured = Measured.of(
             [model], data, seed=attacks[0].seed, precision=precision, batch_size=batch_size, device=place
         )
@@ -90,6 +90,8 @@ def evaluate(
             batches = data.batches(batch_size, order=rest, workers=workers) if len(rest) else iter(())
             start = time.perf_counter()
             for images, (pixels, y) in zip(rest.split(batch_size) if len(rest) else (), batches, strict=True):
+                if not any(state.done):
+                    warn_of_zero_gradients(model, to_unit(pixels))
                 survived = _survivors(attack, model, to_unit(pixels), y, place, precision)
                 for image, right in zip(images.tolist(), survived, strict=True):
                     state.outcomes[image] = 0 if right else number

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clat.compute import seeded
@@ -18,26 +17,19 @@ from clat.text import plain
 def check_all_fit(
     models: Mapping[str, nn.Module], data: Dataset, device: torch.device | str, *, warn: bool = True
 ) -> None:
-    """``check_fits`` for networks that are to be attacked, with a network's name in the message.
-
-    Args:
-        warn: of what makes attacks weak
-    """
+    """``check_fits`` of each, with a network's name in the message."""
     for name, model in models.items():
         try:
-            check_fits(model, data, device, warn=warn, attacked=warn)
+            check_fits(model, data, device, warn=warn)
         except InputError as error:
             raise InputError(f"{plain(name)}: {error}") from error
 
 
-def check_fits(
-    model: nn.Module, data: Dataset, device: torch.device | str, *, warn: bool = True, attacked: bool = False
-) -> None:
+def check_fits(model: nn.Module, data: Dataset, device: torch.device | str, *, warn: bool = True) -> None:
     """Raises InputError unless the network takes these images and has one output for each class.
 
     Args:
         warn: of probabilities in place of logits, on which attacks are weak
-        attacked: warn of a gradient that is exactly zero, too, as a network that is still to be trained may have one
     """
     pixels, _ = next(data.first(2).batches(2, workers=0))
     x = to_unit(pixels).to(device)
@@ -51,8 +43,6 @@ def check_fits(
         )
     if warn:
         warn_of_probabilities(scores)
-    if attacked:
-        _warn_of_zero_gradients(model, x)
 
 
 def warn_of_probabilities(scores: Tensor) -> None:
@@ -66,18 +56,25 @@ def warn_of_probabilities(scores: Tensor) -> None:
         )
 
 
-def _warn_of_zero_gradients(model: nn.Module, x: Images) -> None:
-    """Warns if the cross-entropy has no gradient to the pixels, as behind a rounding or a threshold."""
+def warn_of_zero_gradients(model: nn.Module, x: Images, most: int = 16) -> None:
+    """Warns if the margin has no gradient to the pixels, as behind a rounding or a threshold.
+
+    A network whose scores do not depend on the image has none either, and hides nothing.
+
+    Args:
+        x: images that are to be attacked, of which the first ``most`` are looked at
+    """
     with held(model), seeded(0, x.device), torch.enable_grad(), suppress(RuntimeError):  # which the attacks report
-        x = x.detach().requires_grad_()
+        x = x[:most].detach().requires_grad_()
         scores = logits(model(x))
-        if not scores.requires_grad:
-            return  # attacks refuse such a network
-        (gradient,) = torch.autograd.grad(F.cross_entropy(scores, scores.argmax(1)), x, allow_unused=True)
+        if not scores.requires_grad or scores.shape[1] < 2 or torch.equal(scores, scores[:1].expand_as(scores)):
+            return  # attacks refuse a network without a gradient
+        first, second = scores.topk(2).values.unbind(1)
+        (gradient,) = torch.autograd.grad((first - second).sum(), x, allow_unused=True)
         if gradient is None or not gradient.any():
             warnings.warn(
-                "The loss has a gradient of exactly zero to the pixels of the first images, so gradient attacks find "
-                "nothing and robust accuracy can be overstated; see clat trust.",
+                f"The scores have a gradient of exactly zero to the pixels of the first {len(x)} attacked images, so "
+                "gradient attacks find nothing there and robust accuracy can be overstated; see clat trust.",
                 stacklevel=1,
             )
 

@@ -15,7 +15,7 @@ from clat.data.dataset import to_unit
 from clat.errors import InputError
 from clat.evaluation.accuracy import TOLERATED, Accuracy
 from clat.evaluation.evaluate import Progress, attacked, check_one_ball
-from clat.evaluation.fits import check_all_fit
+from clat.evaluation.fits import check_all_fit, warn_of_zero_gradients
 from clat.evaluation.measured import Measured
 from clat.inputs import check_least
 from clat.network import predict
@@ -121,6 +121,8 @@ def transfer(
             done = 0
             for pixels, y in on_device.batches(batch_size, workers=workers):
                 x = to_unit(pixels)
+                if not done:
+                    warn_of_zero_gradients(model, x)
                 with autocast(place, precision), seeded(attack.seed, place):
                     clean[i] += int((predict(model, x) == y).sum())
                     x_adv = attacked(attack, model, x, y)
