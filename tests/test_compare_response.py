@@ -69,8 +69,8 @@ def test_the_response_is_the_change_from_the_start(plan):
 def test_a_ranking_that_tells_the_response_is_told_from_one_that_does_not(plan):
     text = "\n".join(layers_alone(plan, entries(plan)))
     assert "| `layer2.0.conv1` | +10.0, +5.0 | +0.0, +0.0 |" in text
-    assert "| good | +1.00 (p 0.0" in text
-    assert "| bad | -1.00 (p 0.0" in text
+    assert "| good | 2 | +1.00 (p 0.0" in text
+    assert "| bad | 2 | -1.00 (p 0.0" in text
     assert "Robust: a difference between these networks is found (Cochran's Q, p " in text
     assert "Clean: no difference between these networks is found (Cochran's Q, p 1)." in text
     assert "robust response between the first two seeds: +1.00" in text

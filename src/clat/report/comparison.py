@@ -182,9 +182,12 @@ def layers_alone(start: Start, key: str) -> Section:
     caption = "Points: mean over seeds; lines: from the lowest seed to the highest."
     blocks: list[Block] = [Pictures((picture(figure, key, alt, caption, numbers),))]
     if found := correlations(start):
-        told = [(words(name), *(words(each) for each in by_measure.values())) for name, by_measure in found.items()]
+        told = [
+            (words(name), words(max(each.seeds for each in by_measure.values())), *map(words, by_measure.values()))
+            for name, by_measure in found.items()
+        ]
         title = "Rank correlation (Spearman) of what each ranking measured before with the change after"
-        blocks.append(Table(title, ("ranking of", *start.responses), tuple(told)))
+        blocks.append(Table(title, ("ranking of", "seeds", *start.responses), tuple(told)))
     return Section(f"Layers that train alone, from {start.side}", tuple(differ(start)), tuple(blocks))
 
 
