@@ -116,13 +116,16 @@ def _paragraphs(start: Start) -> list[str]:
         pair = [{0: robust[seed]} for seed in seeds[:2]]
         found = rank_correlation(_paired(*pair))
         tables.append(f"Rank correlation of the robust response between the first two seeds: {found}.")
-    if rows := [[plain(name), _seeds(found), *map(str, found.values())] for name, found in correlations(start).items()]:
+    if rows := [
+        [plain(name), seeds_of(found), *map(str, found.values())] for name, found in correlations(start).items()
+    ]:
         tables.append("Rank correlation (Spearman) of what each ranking measured before with the response after:")
         tables.append(markdown_table(["ranking of", "seeds", *start.responses], rows))
     return tables
 
 
-def _seeds(found: Mapping[str, RankCorrelation]) -> str:
+def seeds_of(found: Mapping[str, RankCorrelation]) -> str:
+    """How many seeds a ranking's correlations have."""
     return str(max(each.seeds for each in found.values()))
 
 

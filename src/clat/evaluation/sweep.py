@@ -83,7 +83,8 @@ def sweep(
         record: a folder that keeps each point's evaluation, as that of ``evaluate``
         progress: is told after each batch
     Raises:
-        InputError: no positive strength, or one that is not an eps or a number of steps; images that do not fit
+        InputError: another word than eps and steps, no positive strength, or one that is not an eps or a number of
+            steps; images that do not fit
 
     Source: Figure 4 of the paper.
     """

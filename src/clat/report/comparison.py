@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from clat.compare.plan import Comparison
-from clat.compare.response import Start, alone, correlations, differ, starts
+from clat.compare.response import Start, alone, correlations, differ, seeds_of, starts
 from clat.compare.result import Entry, read_entries
 from clat.compare.table import Verdict, columns, figures, measured_how, rows, validated_how, verdicts
 from clat.errors import InputError
@@ -183,7 +183,7 @@ def layers_alone(start: Start, key: str) -> Section:
     blocks: list[Block] = [Pictures((picture(figure, key, alt, caption, numbers),))]
     if found := correlations(start):
         told = [
-            (words(name), words(max(each.seeds for each in by_measure.values())), *map(words, by_measure.values()))
+            (words(name), words(seeds_of(by_measure)), *map(words, by_measure.values()))
             for name, by_measure in found.items()
         ]
         title = "Rank correlation (Spearman) of what each ranking measured before with the change after"
