@@ -56,7 +56,8 @@ def evaluate(
     Args:
         model: takes pixels in [0, 1], returns class scores (batch, classes)
         data: a ``Dataset``, or anything that ``as_dataset`` takes; ``Dataset.sample`` draws some of its images
-        attacks: one, or several on one ball; a threat stands for one run of PGD, by default of 20 steps of eps/4 at eps 8/255
+        attacks: one, or several on one ball; a threat stands for one run of PGD, by default of 20 steps of eps/4 at
+            eps 8/255
         seed: of PGD's random start, where ``attacks`` is a threat; other attacks have seeds of their own
         workers: processes that decode images which are not kept in memory
         device: where the network is moved for the call, and then back; default where it is
