@@ -13,6 +13,7 @@ from clat.report.comparison import layers_alone as section_of
 
 LAYERS = {"a": "conv1", "b": "layer1.0.conv1", "c": "layer2.0.conv1", "d": "layer3.0.conv1", "e": "linear"}
 GAINS = {"a": 4, "b": -2, "c": 10, "d": 0, "e": 6}  # images of 100, robust
+WEIGHTS = {"a": 400, "b": 900, "c": 100, "d": 800, "e": 200}  # the more, the less it gains
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def entries(plan: Comparison) -> list[dict]:
         outcome = pack(np.arange(100) < robust)
         clean = pack(np.arange(100) < 60)
         entry = {"arm": arm.name, "seed": seed, "selected": [], "evaluations": []}
+        entry["trainable"] = WEIGHTS.get(arm.name, 0)
         if arm.name in LAYERS:
             entry["selected"] = [
                 {"epoch": 1, "layers": [LAYERS[arm.name]], "measured": dict.fromkeys(LAYERS.values(), 1)}
@@ -63,7 +65,8 @@ def test_the_response_is_the_change_from_the_start(plan):
     assert set(start.responses["clean"][0].values()) == {0}
     assert start.alike["robust"] < 1e-4
     assert start.alike["clean"] == 1
-    assert set(start.rankings) == {"good", "bad"}  # not the one from another checkpoint, nor the arms themselves
+    # not the one from another checkpoint, nor the arms themselves
+    assert set(start.rankings) == {"good", "bad", "number of weights"}
 
 
 def test_a_ranking_that_tells_the_response_is_told_from_one_that_does_not(plan):
@@ -71,6 +74,7 @@ def test_a_ranking_that_tells_the_response_is_told_from_one_that_does_not(plan):
     assert "| `layer2.0.conv1` | +10.0, +5.0 | +0.0, +0.0 |" in text
     assert "| good | 2 | +1.00 (p 0.0" in text
     assert "| bad | 2 | -1.00 (p 0.0" in text
+    assert "| number of weights | 2 | -1.00 (p 0.0" in text
     assert "Robust: a difference between these networks is found (Cochran's Q, p " in text
     assert "Clean: no difference between these networks is found (Cochran's Q, p 1)." in text
     assert "robust response between the first two seeds: +1.00" in text
@@ -105,7 +109,7 @@ def test_the_page_draws_the_responses_and_lists_the_rankings(plan):
         (layer, 0.75 * GAINS[name], 0) for name, layer in LAYERS.items()
     ]
     assert "layer2.0.conv1 robust +7.5, clean +0.0" in drawn.alt
-    assert [row[0].text for row in ranked.rows] == ["good", "bad"]
+    assert [row[0].text for row in ranked.rows] == ["good", "bad", "number of weights"]
     assert section.words[0].startswith("Robust: a difference between these networks is found")
 
 
@@ -121,4 +125,5 @@ def test_an_entry_from_before_rankings_were_kept(plan):
             del selection["measured"]
     text = "\n".join(layers_alone(plan, found))
     assert "| `conv1` | +4.0, +2.0 |" in text
-    assert "ranking of" not in text
+    assert "| number of weights | 2 |" in text
+    assert "good" not in text

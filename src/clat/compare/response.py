@@ -18,6 +18,11 @@ from clat.text import plain
 
 BySeed = dict[int, dict[str, float]]  # seed -> layer -> value
 
+WEIGHTS = "number of weights"  # what every ranking has to beat: it is known without measuring
+TOLD = (
+    "Rank correlation (Spearman) of the response with what each ranking measured before, and with the number of weights"
+)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -26,7 +31,7 @@ class Start:
     Args:
         side: the arm and the checkpoint
         responses: of each measure, the change of the accuracy in points
-        rankings: by the name of the arm that chose by it, what it measured
+        rankings: by the name of the arm that chose by it, what it measured; and each layer's ``number of weights``
         alike: of each measure, the p of all these networks being right equally often, as ``cochran`` has it
     """
 
@@ -45,6 +50,7 @@ def starts(comparison: Comparison, entries: Sequence[Entry]) -> list[Start]:
         responses = {measure: _responses(comparison, entries, side, arms, measure) for measure in MEASURES}
         if any(len(layers) > 1 for layers in responses[MEASURES[0]].values()):
             rankings = {arm.name: values for arm in arms if not alone(arm) and (values := _measured(entries, arm))}
+            rankings[WEIGHTS] = _weights(entries, arms)
             alike = {measure: _alike(comparison, entries, arms, measure) for measure in MEASURES}
             found.append(Start(side, responses, rankings, alike))
     return found
@@ -62,10 +68,25 @@ def _responses(
     found: BySeed = {}
     for arm in filter(alone, arms):
         after = outcomes(comparison, entries, Side(arm.name, arm.evaluated[0]), measure)
-        layers = {entry["seed"]: entry["selected"][0]["layers"][0] for entry in entries if entry["arm"] == arm.name}
+        layers = {entry["seed"]: _layer(entry) for entry in entries if entry["arm"] == arm.name}
         for seed in after.keys() & before.keys():
             change = 100 * (after[seed].mean() - before[seed].mean())
             found.setdefault(seed, {})[layers[seed]] = float(change)
+    return found
+
+
+def _layer(entry: Entry) -> str:
+    """The layer that trained alone."""
+    return str(entry["selected"][0]["layers"][0])
+
+
+def _weights(entries: Sequence[Entry], arms: Sequence[Arm]) -> BySeed:
+    """How many weights trained with each layer."""
+    names = {arm.name for arm in arms if alone(arm)}
+    found: BySeed = {}
+    for entry in entries:
+        if entry["arm"] in names:
+            found.setdefault(entry["seed"], {})[_layer(entry)] = float(entry["trainable"])
     return found
 
 
@@ -116,11 +137,8 @@ def _paragraphs(start: Start) -> list[str]:
         pair = [{0: robust[seed]} for seed in seeds[:2]]
         found = rank_correlation(_paired(*pair))
         tables.append(f"Rank correlation of the robust response between the first two seeds: {found}.")
-    if rows := [
-        [plain(name), seeds_of(found), *map(str, found.values())] for name, found in correlations(start).items()
-    ]:
-        tables.append("Rank correlation (Spearman) of what each ranking measured before with the response after:")
-        tables.append(markdown_table(["ranking of", "seeds", *start.responses], rows))
+    told = [[plain(name), seeds_of(found), *map(str, found.values())] for name, found in correlations(start).items()]
+    tables += [f"{TOLD}:", markdown_table(["ranking", "seeds", *start.responses], told)]
     return tables
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from clat.compare.plan import Comparison
-from clat.compare.response import Start, alone, correlations, differ, seeds_of, starts
+from clat.compare.response import TOLD, Start, alone, correlations, differ, seeds_of, starts
 from clat.compare.result import Entry, read_entries
 from clat.compare.table import Verdict, columns, figures, measured_how, rows, validated_how, verdicts
 from clat.errors import InputError
@@ -181,13 +181,11 @@ def layers_alone(start: Start, key: str) -> Section:
     alt = f"Change of accuracy in points when one layer trains, mean over seeds: {'; '.join(parts)}."
     caption = "Points: mean over seeds; lines: from the lowest seed to the highest."
     blocks: list[Block] = [Pictures((picture(figure, key, alt, caption, numbers),))]
-    if found := correlations(start):
-        told = [
-            (words(name), words(seeds_of(by_measure)), *map(words, by_measure.values()))
-            for name, by_measure in found.items()
-        ]
-        title = "Rank correlation (Spearman) of what each ranking measured before with the change after"
-        blocks.append(Table(title, ("ranking of", "seeds", *start.responses), tuple(told)))
+    told = [
+        (words(name), words(seeds_of(by_measure)), *map(words, by_measure.values()))
+        for name, by_measure in correlations(start).items()
+    ]
+    blocks.append(Table(TOLD, ("ranking", "seeds", *start.responses), tuple(told)))
     return Section(f"Layers that train alone, from {start.side}", tuple(differ(start)), tuple(blocks))
 
 
