@@ -19,7 +19,7 @@ from clat.text import plain
 BySeed = dict[int, dict[str, float]]  # seed -> layer -> value
 
 WEIGHTS = "number of weights"  # what every ranking has to beat: it is known without measuring
-TOLD = (
+RANKINGS_TITLE = (
     "Rank correlation (Spearman) of the response with what each ranking measured before, and with the number of weights"
 )
 
@@ -138,7 +138,7 @@ def _paragraphs(start: Start) -> list[str]:
         found = rank_correlation(_paired(*pair))
         tables.append(f"Rank correlation of the robust response between the first two seeds: {found}.")
     told = [[plain(name), seeds_of(found), *map(str, found.values())] for name, found in correlations(start).items()]
-    tables += [f"{TOLD}:", markdown_table(["ranking", "seeds", *start.responses], told)]
+    tables += [f"{RANKINGS_TITLE}:", markdown_table(["ranking", "seeds", *start.responses], told)]
     return tables
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from clat.compare.plan import Comparison
-from clat.compare.response import TOLD, Start, alone, correlations, differ, seeds_of, starts
+from clat.compare.response import RANKINGS_TITLE, Start, alone, correlations, differ, seeds_of, starts
 from clat.compare.result import Entry, read_entries
 from clat.compare.table import Verdict, columns, figures, measured_how, rows, validated_how, verdicts
 from clat.errors import InputError
@@ -185,7 +185,7 @@ def layers_alone(start: Start, key: str) -> Section:
         (words(name), words(seeds_of(by_measure)), *map(words, by_measure.values()))
         for name, by_measure in correlations(start).items()
     ]
-    blocks.append(Table(TOLD, ("ranking", "seeds", *start.responses), tuple(told)))
+    blocks.append(Table(RANKINGS_TITLE, ("ranking", "seeds", *start.responses), tuple(told)))
     return Section(f"Layers that train alone, from {start.side}", tuple(differ(start)), tuple(blocks))
 
 
