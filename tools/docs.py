@@ -277,7 +277,7 @@ CONTRASTS_IN_README = (
     ("pgd-at-awp-ema-high/best", "base/best"),
 )
 BEST_AND_LAST = ("clean best", "robust best", "clean last", "robust last")
-COMPARED = ("robust-overfitting", "high-rate", "layer-response")  # comparisons whose results are committed
+COMPARED = ("robust-overfitting", "high-rate", "layer-response", "paper-terms")  # comparisons whose results are committed
 BRIEF = ("open-points", "cost")  # those of which a page shows a part
 
 TABLES: dict[str, Callable[[], Lines]] = {
